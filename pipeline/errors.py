@@ -1,0 +1,47 @@
+"""The errors a user can meet: one root, one class per thing that can be wrong."""
+
+
+class PipelineError(Exception):
+    """Root of all errors raised on purpose by this package."""
+
+
+class ConfigError(PipelineError, ValueError):
+    """A flag, an argument or a request that is refused: what, where, what to do (exit code 2).
+
+    Also a `ValueError`, so that tyro prints it as one clean line.
+    """
+
+
+class ImageError(PipelineError):
+    """One image can't be used; it becomes a `failed` row and the run goes on.
+
+    Args:
+        message: what is wrong with it.
+        stage: where it failed.
+        kind: a short stable name to group by; the class of the underlying error by default.
+    """
+
+    def __init__(self, message: str, *, stage: str = "decode", kind: str = "ImageError") -> None:
+        super().__init__(message)
+        self.stage = stage
+        self.kind = kind
+
+    def __reduce__(self) -> tuple[object, ...]:
+        return _image_error, (str(self), self.stage, self.kind)
+
+
+class ShardError(PipelineError):
+    """One shard can't be opened or counted; it becomes one `failed` row and the run goes on."""
+
+
+class StorageError(PipelineError):
+    """The store answers no, after the retries: which URI, and what to check."""
+
+
+class CheckpointError(ConfigError):
+    """Weights that are unknown, damaged or of another architecture."""
+
+
+def _image_error(message: str, stage: str, kind: str) -> ImageError:
+    """Rebuild an `ImageError` when it is unpickled in another process."""
+    return ImageError(message, stage=stage, kind=kind)
