@@ -1,0 +1,379 @@
+"""Every access to files and object stores: local paths and any fsspec URL, with retries.
+
+The only module that touches fsspec and `pyarrow.fs`. Credentials and endpoints come from each store's usual
+environment variables (`AWS_ACCESS_KEY_ID`, `AWS_ENDPOINT_URL`, `GOOGLE_APPLICATION_CREDENTIALS`, ...).
+"""
+
+import contextlib
+import errno
+import os
+import posixpath
+import random
+import threading
+import time
+import uuid
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
+from typing import Any, BinaryIO, TypeVar
+
+import fsspec
+import pyarrow.fs
+from fsspec.core import url_to_fs
+
+from pipeline.errors import StorageError
+
+ATTEMPTS = 8  # with the pauses below: gives up after about 30 s of trouble
+FIRST_PAUSE_S = 0.1
+LONGEST_PAUSE_S = 10.0
+
+# botocore/S3 and HTTP answers that are worth another try.
+_TRANSIENT_CODES = {
+    "500", "502", "503", "504", "408", "429", "InternalError", "RequestTimeout", "RequestTimeTooSkewed",
+    "ServiceUnavailable", "SlowDown", "Throttling", "ThrottlingException", "TooManyRequests",
+    "OperationAborted", "ConditionalRequestConflict",
+}  # fmt: skip
+_TRANSIENT_ERRNOS = {
+    errno.EBUSY, errno.EAGAIN, errno.ECONNRESET, errno.ETIMEDOUT, errno.EPIPE, errno.ESTALE,
+    errno.ECONNREFUSED, errno.ECONNABORTED, errno.EHOSTUNREACH, errno.ENETUNREACH,
+}  # fmt: skip
+# Errors of libraries that are loaded only when their kind of URL is used, so they are told by name.
+_TRANSIENT_NAMES = {
+    "ClientPayloadError", "ConnectionClosedError", "ConnectTimeoutError", "EndpointConnectionError",
+    "FlexibleChecksumError", "HTTPClientError", "IncompleteRead", "IncompleteReadError", "ReadTimeoutError",
+    "ResponseStreamingError", "ServerDisconnectedError", "ServerTimeoutError", "ClientOSError",
+    "ClientConnectorError", "ClientConnectionResetError", "SocketTimeoutError",
+}  # fmt: skip
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True, slots=True)
+class FileInfo:
+    """One file of a listing; `etag` is the store's ETag, else the modification time."""
+
+    uri: str
+    size: int
+    etag: str
+
+
+class Truncated(OSError):
+    """A body ended before its announced length."""
+
+
+# ---- paths -------------------------------------------------------------------------------------------
+
+
+def split(uri: str) -> tuple[fsspec.AbstractFileSystem, str]:
+    """The file system of `uri` and the path in it. Raises: StorageError for an unknown protocol."""
+    options: dict[str, Any] = {}
+    if uri.startswith(("s3://", "s3a://")):
+        # Listings change under us (other writers), and our own retries replace s3fs's five.
+        options = {"use_listings_cache": False}
+    try:
+        return url_to_fs(uri, **options)
+    except (ImportError, ValueError) as error:
+        raise StorageError(f"{uri}: {error}") from error
+
+
+def join(uri: str, *parts: str) -> str:
+    """`uri` with path segments appended."""
+    return posixpath.join(uri.rstrip("/") if len(uri) > 1 else uri, *parts)
+
+
+def is_local(uri: str) -> bool:
+    """Whether `uri` is on a file system of this machine."""
+    return "://" not in uri or uri.startswith(("file://", "local://"))
+
+
+def arrow_filesystem(uri: str) -> tuple[pyarrow.fs.FileSystem, str]:
+    """A pyarrow file system and the path in it, for Parquet readers."""
+    fs, path = split(uri)
+    if is_local(uri):
+        return pyarrow.fs.LocalFileSystem(), path
+    return pyarrow.fs.PyFileSystem(pyarrow.fs.FSSpecHandler(fs)), path
+
+
+# ---- reading -----------------------------------------------------------------------------------------
+
+
+def list_files(uri: str) -> list[FileInfo]:
+    """All files below `uri` at any depth, sorted by URI; none where nothing is there.
+
+    Raises:
+        StorageError: the bucket is missing or access is denied.
+    """
+    return sorted(_list(uri), key=lambda file: file.uri)
+
+
+def list_names(uri: str) -> set[str]:
+    """The names of the files directly in folder `uri`."""
+    fs, path = split(uri)
+
+    def names() -> set[str]:
+        fs.invalidate_cache()
+        try:
+            return {posixpath.basename(p) for p in fs.ls(path, detail=False)}
+        except FileNotFoundError:
+            return set()
+
+    return _retry(f"listing {uri}", names)
+
+
+def file_info(uri: str) -> FileInfo | None:
+    """Size and etag of the file `uri`; None where it is absent or a folder."""
+    fs, path = split(uri)
+
+    def info() -> FileInfo | None:
+        fs.invalidate_cache()
+        try:
+            found = fs.info(path)
+        except FileNotFoundError:
+            return None
+        return FileInfo(uri, int(found["size"] or 0), _etag(found)) if found["type"] == "file" else None
+
+    return _retry(f"looking for {uri}", info)
+
+
+def exists(uri: str) -> bool:
+    """Whether the file `uri` exists."""
+    return file_info(uri) is not None
+
+
+def read_bytes(uri: str, *, size: int | None = None) -> bytes:
+    """The whole file; `size`, where known, must be its length (a cut body is read again).
+
+    Raises:
+        StorageError: it can't be read after the retries.
+    """
+    fs, path = split(uri)
+
+    def read() -> bytes:
+        data = fs.cat_file(path)
+        if size is not None and len(data) < size:
+            raise Truncated(f"the body ended after {len(data)} of {size} bytes")
+        return data
+
+    return _retry(f"reading {uri}", read)
+
+
+def download(uri: str, path: str, *, size: int | None = None) -> None:
+    """Copy the file `uri` to the local `path`, for files too large for memory. Raises: StorageError."""
+    fs, source = split(uri)
+
+    def get() -> None:
+        fs.get_file(source, path)
+        if size is not None and os.path.getsize(path) < size:
+            raise Truncated(f"the body ended after {os.path.getsize(path)} of {size} bytes")
+
+    _retry(f"downloading {uri}", get)
+
+
+def open_input(uri: str) -> BinaryIO:
+    """A seekable file to read ranges from. Raises: StorageError."""
+    fs, path = split(uri)
+    return _retry(f"opening {uri}", lambda: fs.open(path, "rb"))
+
+
+# ---- writing -----------------------------------------------------------------------------------------
+
+
+def write_atomic(uri: str, data: bytes) -> None:
+    """Write the file whole or not at all, replacing an older one. Raises: StorageError."""
+    fs, path = split(uri)
+    if is_local(uri):
+        _retry(f"writing {uri}", lambda: _replace_local(path, data))
+    else:
+        _retry(f"writing {uri}", lambda: fs.pipe_file(path, data))
+
+
+def create_exclusive(uri: str, data: bytes) -> bool:
+    """Write the file only if there is none of this name; False where there is.
+
+    Exact on local disks (hard link) and on stores with conditional writes (S3 `If-None-Match: *`, GCS
+    generation 0). Stores that ignore the condition overwrite: see `honours_exclusive`.
+    A retry after a lost answer may find our own file: the same bytes count as created.
+    """
+    fs, path = split(uri)
+    tries = 0
+
+    def create() -> bool:
+        nonlocal tries
+        tries += 1
+        try:
+            if is_local(uri):
+                _link_local(path, data)
+            else:
+                fs.pipe_file(path, data, mode="create")
+        except FileExistsError:
+            return tries > 1 and fs.cat_file(path) == data
+        return True
+
+    return _retry(f"creating {uri}", create)
+
+
+def honours_exclusive(folder: str) -> bool:
+    """Whether the store of `folder` really refuses to create a file twice (probed with a small file)."""
+    probe = join(folder, f"probe-{uuid.uuid4().hex}")
+    try:
+        create_exclusive(probe, b"1")
+        return not create_exclusive(probe, b"2")
+    finally:
+        delete([probe])
+
+
+def delete(uris: Iterable[str]) -> None:
+    """Delete files; those already gone are fine. Raises: StorageError."""
+    for batch in _batches(list(uris), 500):
+        fs, _ = split(batch[0])
+        paths = [split(uri)[1] for uri in batch]
+
+        def remove(paths: list[str] = paths, fs: fsspec.AbstractFileSystem = fs) -> None:
+            for path in paths if not hasattr(fs, "_rm") else []:
+                with contextlib.suppress(FileNotFoundError):
+                    fs.rm_file(path)
+            if hasattr(fs, "_rm"):
+                with contextlib.suppress(FileNotFoundError):
+                    fs.rm(paths)
+
+        _retry(f"deleting {len(batch)} files such as {batch[0]}", remove)
+
+
+def delete_folder(uri: str) -> None:
+    """Delete everything below `uri`."""
+    delete(file.uri for file in _list(uri))
+
+
+# ---- retries -----------------------------------------------------------------------------------------
+
+_retries = 0
+_retries_lock = threading.Lock()
+
+
+def num_retries() -> int:
+    """Calls repeated in this process so far."""
+    return _retries
+
+
+def is_transient(error: BaseException) -> bool:
+    """Whether trying again may help: throttling, 5xx, resets, time-outs, cut bodies."""
+    if isinstance(error, (FileNotFoundError, PermissionError, FileExistsError, IsADirectoryError)):
+        return False
+    if isinstance(error, (ConnectionError, TimeoutError, Truncated)):
+        return True
+    if isinstance(error, OSError) and error.errno in _TRANSIENT_ERRNOS:
+        return True
+    response = getattr(error, "response", None)
+    if isinstance(response, dict):
+        code = str(response.get("Error", {}).get("Code", ""))
+        status = str(response.get("ResponseMetadata", {}).get("HTTPStatusCode", ""))
+        return bool({code, status} & _TRANSIENT_CODES)
+    if str(getattr(error, "code", "")) in _TRANSIENT_CODES:  # gcsfs.retry.HttpError
+        return True
+    if {kind.__name__ for kind in type(error).__mro__} & _TRANSIENT_NAMES:
+        return True
+    cause = error.__cause__ or error.__context__
+    return cause is not None and isinstance(error, OSError) and is_transient(cause)
+
+
+def _retry(what: str, call: Callable[[], T]) -> T:
+    """Call until it works, with jittered exponential pauses; errors become StorageError."""
+    global _retries
+    for attempt in range(ATTEMPTS):
+        try:
+            return call()
+        except StorageError:
+            raise
+        except Exception as error:  # stores raise their own classes: sorted by is_transient
+            if not is_transient(error) or attempt == ATTEMPTS - 1:
+                raise StorageError(f"{what}: {_explain(error)}") from error
+            with _retries_lock:
+                _retries += 1
+            pause_s = min(FIRST_PAUSE_S * 2**attempt, LONGEST_PAUSE_S)
+            time.sleep(pause_s * random.uniform(0.5, 1.0))
+    raise AssertionError("unreachable")
+
+
+def _explain(error: BaseException) -> str:
+    """One line in plain words: what the store said and what to check; never a credential."""
+    name = type(error).__name__
+    text = " ".join(str(error).split()) or name
+    if isinstance(error, FileNotFoundError):
+        return f"no such file, folder or bucket ({text}); check the path"
+    if isinstance(error, PermissionError) or "Forbidden" in text or "AccessDenied" in text:
+        return f"access denied ({text}); check the credentials and the bucket's policy"
+    if name in {"NoCredentialsError", "PartialCredentialsError"}:
+        return "no credentials found; set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, or a profile or role"
+    if name in {"EndpointConnectionError", "ClientConnectorError"}:
+        return f"can't reach the store ({text}); check AWS_ENDPOINT_URL and the network"
+    return f"{name}: {text}"
+
+
+# ---- local files and listings ------------------------------------------------------------------------
+
+
+def _temporary_beside(path: str, data: bytes) -> str:
+    """Write `data` to a hidden file in the folder of `path`."""
+    folder, name = os.path.split(path)
+    os.makedirs(folder, exist_ok=True)
+    temporary = os.path.join(folder, f".{name}.{uuid.uuid4().hex}.tmp")
+    with open(temporary, "wb") as file:
+        file.write(data)
+    return temporary
+
+
+def _replace_local(path: str, data: bytes) -> None:
+    os.replace(_temporary_beside(path, data), path)
+
+
+def _link_local(path: str, data: bytes) -> None:
+    temporary = _temporary_beside(path, data)
+    try:
+        os.link(temporary, path)  # fails with FileExistsError; a rename would overwrite
+    finally:
+        os.unlink(temporary)
+
+
+def _list(uri: str) -> Iterator[FileInfo]:
+    fs, path = split(uri)
+    if is_local(uri):
+        yield from _list_local(uri, path)
+        return
+
+    def find() -> dict[str, dict[str, Any]]:
+        fs.invalidate_cache()
+        return fs.find(path, detail=True)
+
+    root = path.rstrip("/")
+    for found_path, info in _retry(f"listing {uri}", find).items():
+        relative = found_path[len(root) :].lstrip("/")
+        if info["type"] == "file" and relative:
+            yield FileInfo(join(uri, relative), int(info["size"] or 0), _etag(info))
+
+
+def _list_local(uri: str, path: str) -> Iterator[FileInfo]:
+    """os.scandir is ten times faster than fsspec's generic walk at 100,000 files."""
+    try:
+        with os.scandir(path) as entries:
+            for entry in entries:
+                child = join(uri, entry.name)
+                if entry.is_dir():
+                    yield from _list_local(child, entry.path)
+                elif entry.is_file() and not entry.name.endswith(".tmp"):
+                    stat = entry.stat()
+                    yield FileInfo(child, stat.st_size, str(stat.st_mtime_ns))
+    except FileNotFoundError:
+        return
+    except OSError as error:
+        raise StorageError(f"listing {uri}: {_explain(error)}") from error
+
+
+def _etag(info: dict[str, Any]) -> str:
+    for key in ("ETag", "etag", "md5Hash", "generation", "LastModified", "mtime", "updated"):
+        if info.get(key):
+            return str(info[key]).strip('"')
+    return ""
+
+
+def _batches(items: list[T], size: int) -> Iterator[list[T]]:
+    for start in range(0, len(items), size):
+        yield items[start : start + size]
