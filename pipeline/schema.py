@@ -44,10 +44,11 @@ IMAGES = pa.schema(
     ]
 )
 
-# File metadata keys. RUN and ROUND order the parts of one output: the later one supersedes.
+# File metadata keys.
 META_VERSION = b"shardshot.schema_version"
 META_FINGERPRINT = b"shardshot.fingerprint"
 META_MODEL = b"shardshot.model"  # JSON: architecture, classes, input size, thresholds, weights sha256
 META_DETECTIONS_PART = b"shardshot.detections_part"  # in an images/ part: the detections/ part it commits
+META_REPLACES = b"shardshot.replaces"  # JSON list of images/ parts whose rows this part took over
 META_RUN = b"shardshot.run"  # id of the run that wrote the part
-META_ROUND = b"shardshot.round"  # int: 0 at first, higher where rows replace older ones
+META_ROUND = b"shardshot.round"  # int: 0 at first; rows of a higher round supersede those of the same image

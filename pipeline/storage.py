@@ -14,7 +14,7 @@ import time
 import uuid
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
-from typing import Any, BinaryIO, TypeVar
+from typing import IO, Any, TypeVar, cast
 
 import fsspec
 import pyarrow.fs
@@ -56,7 +56,7 @@ class FileInfo:
     etag: str
 
 
-class Truncated(OSError):
+class TruncatedError(OSError):
     """A body ended before its announced length."""
 
 
@@ -67,10 +67,13 @@ def split(uri: str) -> tuple[fsspec.AbstractFileSystem, str]:
     """The file system of `uri` and the path in it. Raises: StorageError for an unknown protocol."""
     options: dict[str, Any] = {}
     if uri.startswith(("s3://", "s3a://")):
-        # Listings change under us (other writers), and our own retries replace s3fs's five.
-        options = {"use_listings_cache": False}
+        # Listings change under us (other writers); retries are ours, so that they are counted.
+        options = {"use_listings_cache": False, "config_kwargs": {"retries": {"total_max_attempts": 1}}}
     try:
-        return url_to_fs(uri, **options)
+        fs, path = url_to_fs(uri, **options)
+        if hasattr(fs, "retries"):
+            fs.retries = 1
+        return fs, path
     except (ImportError, ValueError) as error:
         raise StorageError(f"{uri}: {error}") from error
 
@@ -150,7 +153,7 @@ def read_bytes(uri: str, *, size: int | None = None) -> bytes:
     def read() -> bytes:
         data = fs.cat_file(path)
         if size is not None and len(data) < size:
-            raise Truncated(f"the body ended after {len(data)} of {size} bytes")
+            raise TruncatedError(f"the body ended after {len(data)} of {size} bytes")
         return data
 
     return _retry(f"reading {uri}", read)
@@ -163,15 +166,15 @@ def download(uri: str, path: str, *, size: int | None = None) -> None:
     def get() -> None:
         fs.get_file(source, path)
         if size is not None and os.path.getsize(path) < size:
-            raise Truncated(f"the body ended after {os.path.getsize(path)} of {size} bytes")
+            raise TruncatedError(f"the body ended after {os.path.getsize(path)} of {size} bytes")
 
     _retry(f"downloading {uri}", get)
 
 
-def open_input(uri: str) -> BinaryIO:
+def open_input(uri: str) -> IO[bytes]:
     """A seekable file to read ranges from. Raises: StorageError."""
     fs, path = split(uri)
-    return _retry(f"opening {uri}", lambda: fs.open(path, "rb"))
+    return cast("IO[bytes]", _retry(f"opening {uri}", lambda: fs.open(path, "rb")))
 
 
 # ---- writing -----------------------------------------------------------------------------------------
@@ -191,21 +194,19 @@ def create_exclusive(uri: str, data: bytes) -> bool:
 
     Exact on local disks (hard link) and on stores with conditional writes (S3 `If-None-Match: *`, GCS
     generation 0). Stores that ignore the condition overwrite: see `honours_exclusive`.
-    A retry after a lost answer may find our own file: the same bytes count as created.
+    A retry after a lost answer finds our own file, so the same bytes count as created: let `data` be unique
+    to its writer.
     """
     fs, path = split(uri)
-    tries = 0
 
     def create() -> bool:
-        nonlocal tries
-        tries += 1
         try:
             if is_local(uri):
                 _link_local(path, data)
             else:
                 fs.pipe_file(path, data, mode="create")
         except FileExistsError:
-            return tries > 1 and fs.cat_file(path) == data
+            return fs.cat_file(path) == data
         return True
 
     return _retry(f"creating {uri}", create)
@@ -228,12 +229,13 @@ def delete(uris: Iterable[str]) -> None:
         paths = [split(uri)[1] for uri in batch]
 
         def remove(paths: list[str] = paths, fs: fsspec.AbstractFileSystem = fs) -> None:
-            for path in paths if not hasattr(fs, "_rm") else []:
+            if not is_local(paths[0]):
+                with contextlib.suppress(FileNotFoundError):
+                    fs.rm(paths)  # one request for many, where the store can
+                    return
+            for path in paths:
                 with contextlib.suppress(FileNotFoundError):
                     fs.rm_file(path)
-            if hasattr(fs, "_rm"):
-                with contextlib.suppress(FileNotFoundError):
-                    fs.rm(paths)
 
         _retry(f"deleting {len(batch)} files such as {batch[0]}", remove)
 
@@ -258,7 +260,7 @@ def is_transient(error: BaseException) -> bool:
     """Whether trying again may help: throttling, 5xx, resets, time-outs, cut bodies."""
     if isinstance(error, (FileNotFoundError, PermissionError, FileExistsError, IsADirectoryError)):
         return False
-    if isinstance(error, (ConnectionError, TimeoutError, Truncated)):
+    if isinstance(error, (ConnectionError, TimeoutError, TruncatedError)):
         return True
     if isinstance(error, OSError) and error.errno in _TRANSIENT_ERRNOS:
         return True
@@ -341,7 +343,7 @@ def _list(uri: str) -> Iterator[FileInfo]:
 
     def find() -> dict[str, dict[str, Any]]:
         fs.invalidate_cache()
-        return fs.find(path, detail=True)
+        return cast("dict[str, dict[str, Any]]", fs.find(path, detail=True))
 
     root = path.rstrip("/")
     for found_path, info in _retry(f"listing {uri}", find).items():

@@ -1,0 +1,80 @@
+"""The parts of an output folder: which files hold its rows.
+
+An `images/` part is created only if absent and names, in its footer, the `detections/` part written before it
+and the older parts whose rows it took over. So one listing and the footers tell what counts:
+
+- a part that another one replaces doesn't count (its writer died before deleting it);
+- a `detections/` part that no counting `images/` part names doesn't count.
+"""
+
+import json
+from collections.abc import Iterable, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+
+import pyarrow.parquet as pq
+
+from pipeline import schema, storage
+from pipeline.errors import ConfigError
+
+FOOTER_THREADS = 16  # a small request each: latency counts, not the processor
+
+
+@dataclass(frozen=True, slots=True)
+class Part:
+    """A committed `images/` part, as its footer describes it."""
+
+    name: str
+    detections: str  # name of its detections/ part
+    replaces: tuple[str, ...]
+    run: str
+    round: int
+    fingerprint: str
+    model: str  # JSON
+    num_images: int
+
+
+def read_parts(output: str, names: Iterable[str] | None = None) -> list[Part]:
+    """The parts of `output` that count, sorted by name. Raises: ConfigError for another schema version."""
+    if names is None:
+        names = part_names(output, "images")
+    filesystem, root = storage.arrow_filesystem(output)
+
+    def read(name: str) -> Part:
+        footer = pq.read_metadata(f"{root}/images/{name}", filesystem=filesystem)
+        return describe(f"{output}/images/{name}", name, footer.metadata or {}, footer.num_rows)
+
+    with ThreadPoolExecutor(FOOTER_THREADS) as pool:
+        return counting(pool.map(read, sorted(names)))
+
+
+def part_names(output: str, table: str) -> set[str]:
+    """Names of the Parquet files of `table` ("images" or "detections")."""
+    return {name for name in storage.list_names(storage.join(output, table)) if name.endswith(".parquet")}
+
+
+def counting(parts: Iterable[Part]) -> list[Part]:
+    """Without the parts that others replaced."""
+    parts = list(parts)
+    replaced = {name for part in parts for name in part.replaces}
+    return [part for part in parts if part.name not in replaced]
+
+
+def describe(uri: str, name: str, metadata: Mapping[bytes, bytes], num_images: int) -> Part:
+    """Read the footer's key-value `metadata` of the images part at `uri`."""
+    version = metadata.get(schema.META_VERSION, b"none").decode()
+    if version != schema.VERSION:
+        raise ConfigError(
+            f"{uri}: schema version {version}, this release reads {schema.VERSION}; "
+            "read it with the release that wrote it"
+        )
+    return Part(
+        name=name,
+        detections=metadata[schema.META_DETECTIONS_PART].decode(),
+        replaces=tuple(json.loads(metadata.get(schema.META_REPLACES, b"[]"))),
+        run=metadata[schema.META_RUN].decode(),
+        round=int(metadata.get(schema.META_ROUND, b"0")),
+        fingerprint=metadata[schema.META_FINGERPRINT].decode(),
+        model=metadata.get(schema.META_MODEL, b"{}").decode(),
+        num_images=num_images,
+    )
