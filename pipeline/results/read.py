@@ -1,0 +1,402 @@
+"""Read the two tables of an output folder back, as data frames.
+
+An `images/` part commits the `detections/` part that its footer names, so only named parts are read: what a
+dying writer left behind is not. Where `--retry-failed` published an image again, the newer rows count.
+Filters and columns are pushed down to Parquet.
+"""
+
+import difflib
+import json
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import pandas as pd
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.dataset as ds
+
+from pipeline import schema, storage
+from pipeline.errors import ConfigError, StorageError
+
+Name = Literal["detections", "images"]
+SCHEMAS = {"detections": schema.DETECTIONS, "images": schema.IMAGES}
+FOOTER_THREADS = 16  # one small request a part, so latency counts and not the processor
+HISTOGRAM_EDGES = np.linspace(0.0, 1.0, 21, dtype=np.float32)  # of the type of the column
+
+
+def load_detections(
+    uri: str | Path,
+    *,
+    min_score: float | None = None,
+    class_names: str | Sequence[str] | None = None,
+    columns: Sequence[str] | None = None,
+) -> pd.DataFrame:
+    """The boxes of an output folder, one row a box, in the order of the files.
+
+    Args:
+        uri: output folder of `jobs/infer.py`, local or in an object store.
+        min_score: keep rows with at least this score.
+        class_names: keep rows of this class or these classes.
+        columns: columns to read (default: all of `schema.DETECTIONS`); fewer are faster.
+
+    Returns:
+        `image_id` is str, `class_name` a category without unused entries, boxes float32 pixels. A folder
+        without boxes gives an empty frame of the same dtypes.
+
+    Raises:
+        ConfigError: no output there, another schema version, an unknown column or class name.
+        StorageError: a part can't be read.
+    """
+    output = _open(uri)
+    rows = _keep_boxes(output, min_score, class_names)
+    return _to_pandas(_table(output, "detections", columns, rows))
+
+
+def load_images(
+    uri: str | Path,
+    *,
+    status: Literal["ok", "failed"] | None = None,
+    columns: Sequence[str] | None = None,
+) -> pd.DataFrame:
+    """The images of an output folder, one row an input image, failed ones and those without boxes too.
+
+    Args:
+        uri: output folder of `jobs/infer.py`, local or in an object store.
+        status: keep images that went well, or that failed.
+        columns: columns to read (default: all of `schema.IMAGES`).
+
+    Raises:
+        ConfigError: no output there, another schema version, an unknown column or status.
+        StorageError: a part can't be read.
+    """
+    if status not in (None, "ok", "failed"):
+        raise ConfigError(f'status={status!r}: choose "ok" or "failed"')
+    rows = None if status is None else ds.field("status").isin([status])
+    return _to_pandas(_table(_open(uri), "images", columns, rows))
+
+
+def iter_detections(
+    uri: str | Path,
+    *,
+    min_score: float | None = None,
+    class_names: str | Sequence[str] | None = None,
+    columns: Sequence[str] | None = None,
+    rows_per_frame: int = 131_072,
+) -> Iterator[pd.DataFrame]:
+    """`load_detections` in pieces, for tables larger than memory.
+
+    The boxes of one image always come in one frame. Frames have about `rows_per_frame` rows or fewer, and
+    are never empty. Raises: as `load_detections`.
+    """
+    output = _open(uri)
+    rows = _keep_boxes(output, min_score, class_names)
+    wanted = _checked_columns("detections", columns)
+    read = wanted if "image_id" in wanted else [*wanted, "image_id"]
+    for table in _whole_images(_batches(output, "detections", read, rows, rows_per_frame)):
+        yield _to_pandas(table.select(wanted))
+
+
+@dataclass(frozen=True)
+class Summary:
+    """What an output folder holds, counted in bounded memory."""
+
+    num_images: int
+    num_failed: int
+    num_empty: int
+    """Images that went well and have no box."""
+    num_detections: int
+    num_bytes: int
+    """Of the encoded images."""
+    classes: pd.DataFrame
+    """`class_name`, `num_detections`, `num_images`, `mean_score`, most frequent first."""
+    failures: pd.DataFrame
+    """`error_stage`, `error_type`, `num_images`, most frequent first."""
+    score_histogram: np.ndarray
+    """int64 [20]: boxes by score in steps of 0.05."""
+    model: dict[str, Any] = field(default_factory=dict)
+    """Architecture, classes, input size, thresholds and weights, as recorded by the run."""
+
+    def __str__(self) -> str:
+        counts = zip(self.classes.class_name[:5], self.classes.num_detections[:5], strict=True)
+        top = ", ".join(f"{name} {count:,}" for name, count in counts)
+        return (
+            f"{self.num_images:,} images ({self.num_failed:,} failed, {self.num_empty:,} without a box), "
+            f"{self.num_detections:,} detections{': ' if top else ''}{top}"
+        )
+
+
+def summarise(uri: str | Path) -> Summary:
+    """Count images, boxes, classes, scores and failures of an output folder in bounded memory.
+
+    Raises: as `load_detections`.
+    """
+    output = _open(uri)
+    images, failures = Counter[str](), Counter[tuple[str, str]]()
+    columns = ["status", "error_stage", "error_type", "num_bytes", "num_detections"]
+    for batch in _batches(output, "images", columns, None):
+        frame = batch.to_pandas()
+        ok = frame.status == "ok"
+        failed = frame[~ok].astype({"error_stage": str, "error_type": str})
+        images.update(all=len(frame), failed=len(failed), bytes=int(frame.num_bytes.sum()))
+        images.update(empty=int((ok & (frame.num_detections == 0)).sum()))
+        failures.update(zip(failed.error_stage, failed.error_type, strict=True))
+
+    histogram = np.zeros(len(HISTOGRAM_EDGES) - 1, np.int64)
+    counts = []
+    for table in _whole_images(_batches(output, "detections", ["image_id", "class_name", "score"], None)):
+        histogram += np.histogram(table["score"].to_numpy(), HISTOGRAM_EDGES)[0]
+        table = table.set_column(1, "class_name", table["class_name"].cast(pa.string()))
+        found = table.group_by("class_name").aggregate(
+            [("image_id", "count"), ("image_id", "count_distinct"), ("score", "sum")]
+        )
+        counts.append(found.rename_columns(["class_name", "n", "images", "score"]))
+    return Summary(
+        num_images=images["all"],
+        num_failed=images["failed"],
+        num_empty=images["empty"],
+        num_detections=int(histogram.sum()),
+        num_bytes=images["bytes"],
+        classes=_class_counts(counts),
+        failures=pd.DataFrame(
+            [(stage, kind, count) for (stage, kind), count in failures.most_common()],
+            columns=["error_stage", "error_type", "num_images"],
+        ),
+        score_histogram=histogram,
+        model=output.model,
+    )
+
+
+def _class_counts(counts: list[pa.Table]) -> pd.DataFrame:
+    """Add up the counts of the batches; an image is in one batch only, so distinct images add up too."""
+    columns = {"class_name": pa.string(), "n": pa.int64(), "images": pa.int64(), "score": pa.float64()}
+    total = pa.concat_tables([pa.schema(list(columns.items())).empty_table(), *counts])
+    total = total.group_by("class_name").aggregate([("n", "sum"), ("images", "sum"), ("score", "sum")])
+    total = total.sort_by([("n_sum", "descending"), ("class_name", "ascending")])
+    found = {name: total[name].to_pandas() for name in total.column_names}
+    return pd.DataFrame(
+        {
+            "class_name": found["class_name"],
+            "num_detections": found["n_sum"],
+            "num_images": found["images_sum"],
+            "mean_score": found["score_sum"] / found["n_sum"],
+        }
+    )
+
+
+# ---- parts -------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class _Part:
+    """A committed `images/` part."""
+
+    images: ds.ParquetFileFragment
+    detections: ds.ParquetFileFragment | None
+    round: int
+    model: dict[str, Any]
+
+
+@dataclass(frozen=True)
+class _Output:
+    uri: str
+    parts: list[_Part]
+
+    @property
+    def model(self) -> dict[str, Any]:
+        return max(self.parts, key=lambda part: part.round).model
+
+
+def _open(uri: str | Path) -> _Output:
+    """Find the committed parts: one listing and one footer a part."""
+    uri = str(uri)
+    names = sorted(
+        name for name in storage.list_names(storage.join(uri, "images")) if name.endswith(".parquet")
+    )
+    if not names:
+        raise ConfigError(f"no results in {uri}: it has no images/*.parquet; name the --output of a run")
+    filesystem, root = storage.arrow_filesystem(uri)
+
+    def part(name: str) -> _Part:
+        images = _fragment(f"{root}/images/{name}", filesystem)
+        meta = images.metadata.metadata or {}
+        version = meta.get(schema.META_VERSION, b"none").decode()
+        if version != schema.VERSION:
+            raise ConfigError(
+                f"{uri}/images/{name}: schema version {version}, this release reads {schema.VERSION}; "
+                "read it with the release that wrote it"
+            )
+        detections = meta.get(schema.META_DETECTIONS_PART, b"").decode()
+        return _Part(
+            images,
+            _FORMAT.make_fragment(f"{root}/detections/{detections}", filesystem) if detections else None,
+            int(meta.get(schema.META_ROUND, b"0")),
+            json.loads(meta.get(schema.META_MODEL, b"{}")),
+        )
+
+    with _reading(uri), ThreadPoolExecutor(FOOTER_THREADS) as pool:
+        return _Output(uri, list(pool.map(part, names)))
+
+
+# Column chunks of one row group are fetched together in few, large requests.
+_FORMAT = ds.ParquetFileFormat(default_fragment_scan_options=ds.ParquetFragmentScanOptions(pre_buffer=True))
+
+
+def _fragment(path: str, filesystem: Any) -> ds.ParquetFileFragment:
+    fragment = _FORMAT.make_fragment(path, filesystem)
+    fragment.ensure_complete_metadata()
+    return fragment
+
+
+def _datasets(output: _Output, name: Name) -> Iterator[tuple[ds.Dataset, ds.Expression | None]]:
+    """The parts by round, oldest first, each with the filter that leaves out what a later round replaced."""
+    replaced: pa.Table = schema.IMAGES.empty_table().select(["image_id", "shard"])
+    found = []
+    for round_ in sorted({part.round for part in output.parts}, reverse=True):
+        parts = [part for part in output.parts if part.round == round_]
+        fragments = [part.images if name == "images" else part.detections for part in parts]
+        present = [fragment for fragment in fragments if fragment is not None]
+        if present:
+            dataset = ds.FileSystemDataset(present, SCHEMAS[name], _FORMAT, present[0].filesystem)
+            found.append((dataset, _not_replaced(name, replaced)))
+        if round_ > 0:
+            images = ds.FileSystemDataset(
+                [part.images for part in parts], schema.IMAGES, _FORMAT, parts[0].images.filesystem
+            )
+            replaced = pa.concat_tables([replaced, images.to_table(columns=["image_id", "shard"])])
+    yield from reversed(found)
+
+
+def _not_replaced(name: Name, newer: pa.Table) -> ds.Expression | None:
+    """Rows whose image has no newer row; the row of a shard that failed whole goes when its images come."""
+    if not newer.num_rows:
+        return None
+    keep = ~ds.field("image_id").isin(newer["image_id"].unique())
+    if name == "detections":
+        return keep
+    shards = newer["shard"].cast(pa.string()).unique()
+    return keep & ~((ds.field("shard_index") == -1) & ds.field("shard").isin(shards))
+
+
+def _table(
+    output: _Output, name: Name, columns: Sequence[str] | None, rows: ds.Expression | None
+) -> pa.Table:
+    names = _checked_columns(name, columns)
+    with _reading(output.uri):
+        tables = [
+            dataset.to_table(columns=names, filter=_both(rows, keep))
+            for dataset, keep in _datasets(output, name)
+        ]
+    if not tables:
+        return SCHEMAS[name].empty_table().select(names)
+    return pa.concat_tables(tables)
+
+
+def _batches(
+    output: _Output, name: Name, columns: list[str], rows: ds.Expression | None, batch_size: int = 131_072
+) -> Iterator[pa.RecordBatch]:
+    """Record batches in file order; only a few are read ahead, so memory is bounded by row groups."""
+    with _reading(output.uri):
+        for dataset, keep in _datasets(output, name):
+            yield from dataset.to_batches(
+                columns=columns,
+                filter=_both(rows, keep),
+                batch_size=batch_size,
+                batch_readahead=4,
+                fragment_readahead=1,
+            )
+
+
+def _whole_images(batches: Iterator[pa.RecordBatch]) -> Iterator[pa.Table]:
+    """Regroup batches so that none ends in the middle of an image."""
+    held: list[pa.RecordBatch] = []
+    for batch in batches:
+        if not batch.num_rows:
+            continue
+        ids = batch["image_id"].cast(pa.string())
+        start = pc.index(ids, ids[-1]).as_py()
+        if start == 0 and held and _last_id(held[-1]) == ids[-1].as_py():
+            held.append(batch)
+            continue
+        head = [*held, batch.slice(0, start)]
+        if any(piece.num_rows for piece in head):
+            yield pa.Table.from_batches(head)
+        held = [batch.slice(start)]
+    if held:
+        yield pa.Table.from_batches(held)
+
+
+def _last_id(batch: pa.RecordBatch) -> str:
+    return batch["image_id"][-1].as_py()
+
+
+# ---- filters and types -------------------------------------------------------------------------------
+
+
+def _keep_boxes(
+    output: _Output, min_score: float | None, class_names: str | Sequence[str] | None
+) -> ds.Expression | None:
+    rows = None
+    if min_score is not None:
+        # As float32: 0.7 in a float32 column is 0.69999999, which is less than the float64 0.7.
+        rows = ds.field("score") >= pa.scalar(min_score, pa.float32())
+    if class_names is not None:
+        names = [class_names] if isinstance(class_names, str) else list(class_names)
+        _check_class_names(output, names)
+        rows = _both(rows, ds.field("class_name").isin(names))
+    return rows
+
+
+def _check_class_names(output: _Output, names: list[str]) -> None:
+    """Refuse a name that the model doesn't have: a typing error would look like an empty result."""
+    known = output.model.get("class_names", [])
+    unknown = [name for name in names if name not in known]
+    if known and unknown:
+        near = difflib.get_close_matches(unknown[0], known, n=3)
+        hint = f"did you mean {' or '.join(near)}?" if near else f"it has {', '.join(known[:5])}, ..."
+        raise ConfigError(f"{output.uri}: the model has no class {unknown[0]!r}; {hint}")
+
+
+def _checked_columns(name: Name, columns: Sequence[str] | None) -> list[str]:
+    known = SCHEMAS[name].names
+    if columns is None:
+        return known
+    unknown = [column for column in columns if column not in known]
+    if unknown or isinstance(columns, str):
+        raise ConfigError(f"{name} has no column {unknown or columns!r}; columns: {', '.join(known)}")
+    return list(columns)
+
+
+def _both(first: ds.Expression | None, second: ds.Expression | None) -> ds.Expression | None:
+    if first is None or second is None:
+        return second if first is None else first
+    return first & second
+
+
+def _to_pandas(table: pa.Table) -> pd.DataFrame:
+    """Text with few distinct values becomes a category without unused entries, `image_id` a string."""
+    if "image_id" in table.column_names:
+        index = table.column_names.index("image_id")
+        table = table.set_column(index, "image_id", table["image_id"].cast(pa.string()))
+    frame = table.to_pandas()
+    for name, dtype in frame.dtypes.items():
+        if isinstance(dtype, pd.CategoricalDtype):
+            frame[name] = frame[name].cat.remove_unused_categories()
+    return frame
+
+
+@contextmanager
+def _reading(uri: str) -> Iterator[None]:
+    try:
+        yield
+    except FileNotFoundError as error:
+        raise StorageError(
+            f"{uri}: a part is gone ({error}); was it rewritten meanwhile? Read it again"
+        ) from error
+    except (OSError, pa.ArrowInvalid) as error:
+        raise StorageError(f"{uri}: a part can't be read ({error}); run jobs/verify.py on it") from error
