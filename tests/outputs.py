@@ -46,14 +46,18 @@ def write_part(
     boxes: Sequence[dict[str, Any]],
     *,
     round: int = 0,
+    replaces: Sequence[str] = (),
     version: str = schema.VERSION,
     model: dict[str, Any] | None = None,
 ) -> None:
     """Commit one part as a run does: the boxes, then the images whose footer names the boxes' file."""
-    meta = {schema.META_VERSION: version, schema.META_MODEL: json.dumps(MODEL if model is None else model)}
-    meta |= {
-        schema.META_ROUND: str(round),
+    meta = {
+        schema.META_VERSION: version,
+        schema.META_FINGERPRINT: "f1",
+        schema.META_MODEL: json.dumps(MODEL if model is None else model),
         schema.META_RUN: "r1",
+        schema.META_ROUND: str(round),
+        schema.META_REPLACES: json.dumps(replaces),
         schema.META_DETECTIONS_PART: f"{name}-d.parquet",
     }
     _write(output / "detections" / f"{name}-d.parquet", schema.DETECTIONS, boxes, meta)

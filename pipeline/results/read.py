@@ -1,15 +1,13 @@
 """Read the two tables of an output folder back, as data frames.
 
-An `images/` part commits the `detections/` part that its footer names, so only named parts are read: what a
-dying writer left behind is not. Where `--retry-failed` published an image again, the newer rows count.
-Filters and columns are pushed down to Parquet.
+Only committed parts are read (see `parts`), and where `--retry-failed` published an image again, its newer
+rows. Filters and columns are pushed down to Parquet.
 """
 
 import difflib
 import json
 from collections import Counter
-from collections.abc import Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -23,10 +21,10 @@ import pyarrow.dataset as ds
 
 from pipeline import schema, storage
 from pipeline.errors import ConfigError, StorageError
+from pipeline.results.parts import Part, read_parts
 
 Name = Literal["detections", "images"]
 SCHEMAS = {"detections": schema.DETECTIONS, "images": schema.IMAGES}
-FOOTER_THREADS = 16  # one small request a part, so latency counts and not the processor
 HISTOGRAM_EDGES = np.linspace(0.0, 1.0, 21, dtype=np.float32)  # of the type of the column
 
 
@@ -193,64 +191,33 @@ def _class_counts(counts: list[pa.Table]) -> pd.DataFrame:
 
 
 @dataclass(frozen=True)
-class _Part:
-    """A committed `images/` part."""
-
-    images: ds.ParquetFileFragment
-    detections: ds.ParquetFileFragment | None
-    round: int
-    model: dict[str, Any]
-
-
-@dataclass(frozen=True)
 class _Output:
     uri: str
-    parts: list[_Part]
+    parts: list[Part]
 
     @property
     def model(self) -> dict[str, Any]:
-        return max(self.parts, key=lambda part: part.round).model
+        return json.loads(max(self.parts, key=lambda part: part.round).model)
 
 
 def _open(uri: str | Path) -> _Output:
-    """Find the committed parts: one listing and one footer a part."""
     uri = str(uri)
-    names = sorted(
-        name for name in storage.list_names(storage.join(uri, "images")) if name.endswith(".parquet")
-    )
-    if not names:
+    with _reading(uri):
+        parts = read_parts(uri)
+    if not parts:
         raise ConfigError(f"no results in {uri}: it has no images/*.parquet; name the --output of a run")
-    filesystem, root = storage.arrow_filesystem(uri)
-
-    def part(name: str) -> _Part:
-        images = _fragment(f"{root}/images/{name}", filesystem)
-        meta = images.metadata.metadata or {}
-        version = meta.get(schema.META_VERSION, b"none").decode()
-        if version != schema.VERSION:
-            raise ConfigError(
-                f"{uri}/images/{name}: schema version {version}, this release reads {schema.VERSION}; "
-                "read it with the release that wrote it"
-            )
-        detections = meta.get(schema.META_DETECTIONS_PART, b"").decode()
-        return _Part(
-            images,
-            _FORMAT.make_fragment(f"{root}/detections/{detections}", filesystem) if detections else None,
-            int(meta.get(schema.META_ROUND, b"0")),
-            json.loads(meta.get(schema.META_MODEL, b"{}")),
-        )
-
-    with _reading(uri), ThreadPoolExecutor(FOOTER_THREADS) as pool:
-        return _Output(uri, list(pool.map(part, names)))
+    return _Output(uri, parts)
 
 
 # Column chunks of one row group are fetched together in few, large requests.
 _FORMAT = ds.ParquetFileFormat(default_fragment_scan_options=ds.ParquetFragmentScanOptions(pre_buffer=True))
 
 
-def _fragment(path: str, filesystem: Any) -> ds.ParquetFileFragment:
-    fragment = _FORMAT.make_fragment(path, filesystem)
-    fragment.ensure_complete_metadata()
-    return fragment
+def _dataset(output: _Output, name: Name, parts: Iterable[Part]) -> ds.FileSystemDataset:
+    filesystem, root = storage.arrow_filesystem(output.uri)
+    files = [part.name if name == "images" else part.detections for part in parts]
+    fragments = [_FORMAT.make_fragment(f"{root}/{name}/{file}", filesystem) for file in files if file]
+    return ds.FileSystemDataset(fragments, SCHEMAS[name], _FORMAT, filesystem)
 
 
 def _datasets(output: _Output, name: Name) -> Iterator[tuple[ds.Dataset, ds.Expression | None]]:
@@ -259,16 +226,10 @@ def _datasets(output: _Output, name: Name) -> Iterator[tuple[ds.Dataset, ds.Expr
     found = []
     for round_ in sorted({part.round for part in output.parts}, reverse=True):
         parts = [part for part in output.parts if part.round == round_]
-        fragments = [part.images if name == "images" else part.detections for part in parts]
-        present = [fragment for fragment in fragments if fragment is not None]
-        if present:
-            dataset = ds.FileSystemDataset(present, SCHEMAS[name], _FORMAT, present[0].filesystem)
-            found.append((dataset, _not_replaced(name, replaced)))
+        found.append((_dataset(output, name, parts), _not_replaced(name, replaced)))
         if round_ > 0:
-            images = ds.FileSystemDataset(
-                [part.images for part in parts], schema.IMAGES, _FORMAT, parts[0].images.filesystem
-            )
-            replaced = pa.concat_tables([replaced, images.to_table(columns=["image_id", "shard"])])
+            newer = _dataset(output, "images", parts).to_table(columns=["image_id", "shard"])
+            replaced = pa.concat_tables([replaced, newer])
     yield from reversed(found)
 
 
@@ -292,8 +253,6 @@ def _table(
             dataset.to_table(columns=names, filter=_both(rows, keep))
             for dataset, keep in _datasets(output, name)
         ]
-    if not tables:
-        return SCHEMAS[name].empty_table().select(names)
     return pa.concat_tables(tables)
 
 

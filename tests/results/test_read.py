@@ -59,6 +59,18 @@ def test_boxes_that_no_images_part_names_are_ignored(output):
     assert summarise(output).num_detections == 3
 
 
+def test_a_part_that_another_took_over_is_ignored(output):
+    write_part(
+        output,
+        "part-2",
+        [image("c.jpg", 1), failed_image("d.jpg")],
+        [box("c.jpg")],
+        replaces=["part-1.parquet"],
+    )
+    assert sorted(load_images(output).image_id) == ["a.jpg", "b.jpg", "c.jpg", "d.jpg"]
+    assert len(load_detections(output)) == 3
+
+
 def test_the_row_of_a_later_round_replaces_the_older_one(output):
     write_part(
         output, "part-9", [image("d.jpg", 1), image("a.jpg", 1)], [box("d.jpg"), box("a.jpg")], round=1
