@@ -1,0 +1,272 @@
+import colorsys
+import random
+from collections import Counter
+from dataclasses import replace
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from scipy.stats import binomtest, chi2_contingency
+
+from pipeline.data import augment
+from pipeline.data.augment import SAMPLERS, Distortion, Sample, Window, sample_rng, whole_image
+from tests import oracles
+
+
+def make_sample(boxes=((10, 20, 60, 50), (70, 5, 110, 75)), *, width=120, height=80, seed=0) -> Sample:
+    pixels = np.random.default_rng(seed).integers(0, 256, (height, width, 3), dtype=np.uint8)
+    pixels.flags.writeable = False  # as pixels that come out of an object store
+    boxes = np.array(boxes, dtype=np.float32).reshape(-1, 4)
+    return whole_image(pixels, boxes, np.arange(1, len(boxes) + 1))
+
+
+@st.composite
+def samples(draw):
+    """Images of up to 700x700 pixels with up to five boxes inside, some smaller than a pixel."""
+    width, height = draw(st.integers(1, 700)), draw(st.integers(1, 700))
+    boxes = [[*_span(draw, width), *_span(draw, height)] for _ in range(draw(st.integers(0, 5)))]
+    return make_sample([(x1, y1, x2, y2) for x1, x2, y1, y2 in boxes], width=width, height=height)
+
+
+def _span(draw, size):
+    """Two different multiples of an eighth between 0 and `size`, in order."""
+    start = draw(st.integers(0, 8 * size - 1))
+    return start / 8, draw(st.integers(start + 1, 8 * size)) / 8
+
+
+def test_the_generator_of_an_image_depends_on_seed_epoch_and_image_only():
+    draws = {
+        (seed, epoch, image_id): sample_rng(seed, epoch=epoch, image_id=image_id).random()
+        for seed in (0, 1)
+        for epoch in (0, 1)
+        for image_id in ("a/1.jpg", "a/2.jpg")
+    }
+
+    assert len(set(draws.values())) == 8
+    assert draws[1, 0, "a/2.jpg"] == sample_rng(1, epoch=0, image_id="a/2.jpg").random()
+
+
+def test_augment_gives_the_same_image_for_the_same_generator():
+    first, second = (augment.augment(make_sample(), sample_rng(0, epoch=5, image_id="x"), height=30, width=40)
+                     for _ in range(2))  # fmt: skip
+
+    np.testing.assert_array_equal(first.pixels, second.pixels)
+    np.testing.assert_array_equal(first.boxes, second.boxes)
+
+
+@settings(deadline=None, max_examples=60)
+@given(samples(), st.integers(0, 2**32))
+def test_augment_keeps_boxes_inside_with_positive_area(sample, seed):
+    result = augment.augment(sample, np.random.default_rng(seed), height=30, width=40)
+
+    assert (result.pixels.shape, result.pixels.dtype) == ((30, 40, 3), np.uint8)
+    assert (result.boxes.dtype, result.labels.dtype) == (np.float32, np.int64)
+    assert len(result.boxes) == len(result.labels)
+    assert (result.boxes >= 0).all()
+    assert (result.boxes <= [40, 30, 40, 30]).all()
+    assert (result.boxes[:, 2:] > result.boxes[:, :2]).all()
+
+
+@settings(deadline=None, max_examples=150)
+@given(samples(), st.integers(0, 2**32))
+def test_a_crop_satisfies_its_sampler_and_keeps_exactly_the_centred_objects(sample, seed):
+    rng = np.random.default_rng(seed)
+    expanded = augment.expand(sample, rng)
+    state = rng.bit_generator.state
+    sampler, patch = augment.sample_window(expanded.boxes, expanded.window, rng)
+    rng.bit_generator.state = state
+    cropped = augment.crop(expanded, rng)
+
+    assert cropped.window == patch
+    outer = expanded.window
+    assert outer.left <= patch.left < patch.right <= outer.right
+    assert outer.top <= patch.top < patch.bottom <= outer.bottom
+    min_iou = SAMPLERS[sampler]
+    if min_iou is None:
+        assert patch == outer
+    else:
+        assert max(oracles.iou(patch, box) for box in expanded.boxes.tolist()) >= min_iou - 1e-9
+    kept = [
+        label
+        for label, box in zip(sample.labels, sample.boxes, strict=True)
+        if patch.left <= (box[0] + box[2]) / 2 <= patch.right
+        and patch.top <= (box[1] + box[3]) / 2 <= patch.bottom
+    ]
+    assert cropped.labels.tolist() == kept
+    assert (cropped.boxes >= patch[:2] * 2).all()
+    assert (cropped.boxes <= patch[2:] * 2).all()
+
+
+@pytest.mark.parametrize(
+    "boxes",
+    [
+        [(0.1, 0.2, 0.5, 0.65), (0.5, 0.5, 0.62, 0.9)],  # often too small for the strict samplers
+        [(0.05, 0.1, 0.9, 0.95)],
+    ],
+)
+def test_ten_thousand_crops_are_distributed_as_those_of_the_slow_sampler(boxes):
+    rng, slow_rng, num_draws, size = np.random.default_rng(1), random.Random(1), 10_000, 1000
+    pixel_boxes, window = np.array(boxes, np.float32) * size, Window(0, 0, size, size)
+
+    ours = [augment.sample_window(pixel_boxes, window, rng) for _ in range(num_draws)]
+    slow = [oracles.sample_patch(boxes, slow_rng) for _ in range(num_draws)]
+
+    counts = [np.bincount([sampler for sampler, _ in draws], minlength=7) for draws in (ours, slow)]
+    assert same_distribution(counts), counts  # column 0 is the whole image
+    for quantity in (lambda box: box[2] - box[0], lambda box: box[3] - box[1], lambda box: box[0]):
+        values = [quantity(box) / size for _, box in ours], [quantity(box) for _, box in slow]
+        assert same_distribution([np.histogram(some, bins=12, range=(0, 1.0001))[0] for some in values])
+
+
+def same_distribution(counts) -> bool:
+    """Whether two rows of counts can come from one multinomial, at a risk of 1 in 1000 (fixed seeds)."""
+    seen = np.array(counts)[:, np.sum(counts, axis=0) > 20]
+    return float(np.asarray(chi2_contingency(seen)[1])) > 1e-3
+
+
+def test_an_image_without_objects_is_never_cropped():
+    rng = np.random.default_rng(0)
+    window = Window(-10, -20, 200, 100)
+
+    for _ in range(20):
+        assert augment.sample_window(np.zeros((0, 4), np.float32), window, rng) == (0, window)
+
+
+def test_expand_happens_half_the_time_and_keeps_the_image_on_its_canvas():
+    rng, sample = np.random.default_rng(0), make_sample()
+    windows = [augment.expand(sample, rng).window for _ in range(2000)]
+    expanded = [window for window in windows if window != sample.window]
+
+    assert binomtest(len(expanded), 2000, 0.5).pvalue > 1e-3
+    for window in expanded:
+        assert window.left <= 0 <= window.top + window.height - 80
+        assert window.top <= 0 <= window.left + window.width - 120
+        assert 120 <= window.width <= 480
+        assert window.height == pytest.approx(window.width * 80 / 120, abs=1)
+
+
+def test_each_colour_change_happens_half_the_time_in_one_of_two_orders():
+    rng, sample = np.random.default_rng(0), make_sample()
+    chosen = [tuple(d.kind for d in augment.distort(sample, rng).distortions) for _ in range(4000)]
+
+    for kind in ("brightness", "contrast", "saturation", "hue"):
+        assert binomtest(sum(kind in kinds for kinds in chosen), 4000, 0.5).pvalue > 1e-3
+    all_four = Counter(kinds for kinds in chosen if len(kinds) == 4)
+    assert set(all_four) == {
+        ("brightness", "contrast", "saturation", "hue"),
+        ("brightness", "saturation", "hue", "contrast"),
+    }
+
+
+def test_flip_and_interpolations_are_uniform(monkeypatch):
+    rng, sample = np.random.default_rng(0), make_sample()
+    used = Counter()
+    monkeypatch.setattr(
+        augment, "_resize_pixels", lambda pixels, h, w, interpolation: used.update([interpolation]) or pixels
+    )
+    flipped = 0
+    for _ in range(2000):
+        augment.resize(sample, rng, height=80, width=120)
+        flipped += augment.flip(sample, rng) is not sample
+
+    assert binomtest(flipped, 2000, 0.5).pvalue > 1e-3
+    for interpolation in augment.INTERPOLATIONS:
+        assert binomtest(used[interpolation], 2000, 0.2).pvalue > 1e-3
+
+
+@pytest.mark.parametrize("degrees", [-36.0, -10.0, 5.0, 36.0])
+def test_hue_turns_as_in_hsv(degrees):
+    pixels = make_sample(width=40, height=40).pixels
+    ours = augment._distort_pixels(pixels, Distortion("hue", degrees))
+
+    np.testing.assert_allclose(
+        ours, through_hsv(pixels, lambda h, s, v: ((h + degrees / 360) % 1, s, v)), atol=1
+    )
+
+
+@pytest.mark.parametrize("factor", [0.5, 0.9, 1.5])
+def test_saturation_scales_as_in_hsv(factor):
+    pixels = make_sample(width=40, height=40).pixels
+    ours = augment._distort_pixels(pixels, Distortion("saturation", factor))
+
+    np.testing.assert_allclose(ours, through_hsv(pixels, lambda h, s, v: (h, min(1, s * factor), v)), atol=1)
+
+
+def through_hsv(pixels, change):
+    """Each pixel to HSV, changed, and back to uint8 RGB, by the standard library."""
+    colours = [colorsys.hsv_to_rgb(*change(*colorsys.rgb_to_hsv(*(pixel / 255))))
+               for pixel in pixels.reshape(-1, 3)]  # fmt: skip
+    return np.round(np.array(colours) * 255).reshape(pixels.shape)
+
+
+def test_brightness_adds_and_contrast_multiplies_with_saturation():
+    pixels = np.array([[[0, 100, 250]]], dtype=np.uint8)
+
+    assert augment._distort_pixels(pixels, Distortion("brightness", 20.4)).tolist() == [[[20, 120, 255]]]
+    assert augment._distort_pixels(pixels, Distortion("brightness", -20.4)).tolist() == [[[0, 80, 230]]]
+    assert augment._distort_pixels(pixels, Distortion("contrast", 1.5)).tolist() == [[[0, 150, 255]]]
+
+
+def test_grey_stays_grey_whatever_the_hue_and_saturation():
+    greys = np.repeat(np.arange(256, dtype=np.uint8), 3).reshape(1, 256, 3)
+    for change in (Distortion("hue", 30.0), Distortion("saturation", 1.5)):
+        np.testing.assert_array_equal(augment._distort_pixels(greys, change), greys)
+
+
+def test_deciding_first_gives_the_pixels_of_doing_each_step_on_the_whole_image():
+    sample, fill = make_sample(), (1, 2, 3)
+    for seed in range(30):
+        rng = np.random.default_rng(seed)
+        decided = augment.crop(augment.expand(augment.distort(sample, rng), rng), rng)
+        seen = augment._visible_pixels(decided, fill)
+
+        pixels = sample.pixels
+        for distortion in decided.distortions:
+            pixels = augment._distort_pixels(pixels, distortion)
+        canvas = np.full((80 + 2 * 400, 120 + 2 * 400, 3), fill, dtype=np.uint8)
+        canvas[400:480, 400:520] = pixels
+        left, top, right, bottom = (side + 400 for side in decided.window)
+        np.testing.assert_array_equal(seen, canvas[top:bottom, left:right])
+
+
+def test_boxes_still_frame_their_object_after_all_steps():
+    """A white rectangle on black: the box of what is white in the result is the returned box."""
+    pixels = np.zeros((200, 300, 3), dtype=np.uint8)
+    pixels[40:120, 90:210] = 255
+    sample = whole_image(pixels, np.array([[90, 40, 210, 120]], dtype=np.float32), np.array([1]))
+    num_seen = 0
+    for seed in range(60):
+        result = augment.augment(sample, np.random.default_rng(seed), height=256, width=192, fill=(0, 0, 0))
+        if not len(result.boxes):
+            continue
+        num_seen += 1
+        white = result.pixels.min(axis=2) > 60
+        rows, columns = np.flatnonzero(white.any(axis=1)), np.flatnonzero(white.any(axis=0))
+        framed = [columns[0], rows[0], columns[-1] + 1, rows[-1] + 1]
+        np.testing.assert_allclose(result.boxes[0], framed, atol=3)  # interpolation blurs the edges
+    assert num_seen > 40
+
+
+def test_flipping_twice_is_the_same_image():
+    sample = make_sample()
+    rng = np.random.default_rng(0)
+    flipped = sample
+    while flipped is sample:
+        flipped = augment.flip(sample, rng)
+    twice = flipped
+    while twice is flipped:
+        twice = augment.flip(flipped, rng)
+
+    np.testing.assert_array_equal(twice.pixels, sample.pixels)
+    np.testing.assert_array_equal(twice.boxes, sample.boxes)
+    assert flipped.boxes[0].tolist() == [60, 20, 110, 50]
+
+
+def test_objects_that_lose_their_area_in_float32_are_dropped():
+    sample = make_sample([(1, 1, np.nextafter(np.float32(1), np.float32(2)), 50)])
+    expanded = replace(sample, window=Window(-300, 0, 400, 80))
+    result = augment.resize(expanded, np.random.default_rng(0), height=300, width=300)
+
+    assert result.boxes.shape == (0, 4)
+    assert result.labels.shape == (0,)

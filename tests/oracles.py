@@ -1,0 +1,99 @@
+"""Slow and obvious versions of the detector's arithmetic, written from the paper and the authors' Caffe code.
+
+Plain Python loops over floats. Never imported by `pipeline`.
+"""
+
+import math
+import random
+from collections.abc import Sequence
+
+Box = Sequence[float]
+
+
+def iou(a: Box, b: Box) -> float:
+    """Intersection over union of two xyxy boxes; 0 where the union has no area."""
+    width = max(0.0, min(a[2], b[2]) - max(a[0], b[0]))
+    height = max(0.0, min(a[3], b[3]) - max(a[1], b[1]))
+    intersection = width * height
+    union = (a[2] - a[0]) * (a[3] - a[1]) + (b[2] - b[0]) * (b[3] - b[1]) - intersection
+    return intersection / union if union > 0 else 0.0
+
+
+def encode(box: Box, prior: Box) -> tuple[float, float, float, float]:
+    """Offsets (dx, dy, dw, dh) of an xyxy box to an xyxy prior, divided by the variances .1 and .2."""
+    box_width, box_height = box[2] - box[0], box[3] - box[1]
+    prior_width, prior_height = prior[2] - prior[0], prior[3] - prior[1]
+    return (
+        ((box[0] + box[2]) / 2 - (prior[0] + prior[2]) / 2) / prior_width / 0.1,
+        ((box[1] + box[3]) / 2 - (prior[1] + prior[3]) / 2) / prior_height / 0.1,
+        math.log(box_width / prior_width) / 0.2,
+        math.log(box_height / prior_height) / 0.2,
+    )
+
+
+def match(ious: Sequence[Sequence[float]], num_priors: int, *, threshold: float = 0.5) -> list[int]:
+    """The ground truth of each prior, -1 for none; `ious[ground_truth][prior]`.
+
+    `MatchBBox` of the authors' bbox_util.cpp: the best pair of all is matched and both leave, until no pair
+    overlaps; then each other prior takes its best ground truth at the threshold or above. Equal IoUs: the
+    first prior, then the first ground truth.
+    """
+    matched = [-1] * num_priors
+    waiting = set(range(len(ious)))
+    while waiting:
+        best, best_pair = 1e-6, None
+        for prior in range(num_priors):
+            if matched[prior] >= 0:
+                continue
+            for ground_truth in sorted(waiting):
+                if ious[ground_truth][prior] > best:
+                    best, best_pair = ious[ground_truth][prior], (ground_truth, prior)
+        if best_pair is None:
+            break
+        matched[best_pair[1]] = best_pair[0]
+        waiting.remove(best_pair[0])
+    for prior in range(num_priors):
+        if matched[prior] >= 0:
+            continue
+        best = threshold
+        for ground_truth in range(len(ious)):
+            overlap = ious[ground_truth][prior]
+            if overlap > best or (overlap == best and matched[prior] < 0):
+                best, matched[prior] = overlap, ground_truth
+    return matched
+
+
+def mine(background_losses: Sequence[float], matched: Sequence[int], *, ratio: int = 3) -> set[int]:
+    """The priors of one image that serve as negatives: the unmatched ones with the highest losses."""
+    num_positives = sum(ground_truth >= 0 for ground_truth in matched)
+    candidates = [prior for prior, ground_truth in enumerate(matched) if ground_truth < 0]
+    candidates.sort(key=lambda prior: -background_losses[prior])
+    return set(candidates[: ratio * num_positives])
+
+
+CAFFE_SAMPLERS = (None, 0.1, 0.3, 0.5, 0.7, 0.9, 0.0)
+
+
+def sample_patch(boxes: Sequence[Box], rng: random.Random) -> tuple[int, Box]:
+    """The number of the chosen batch sampler and its patch; boxes and patch relative to the image, 0 to 1."""
+    found: list[tuple[int, Box]] = []
+    for number, min_iou in enumerate(CAFFE_SAMPLERS):
+        if min_iou is None:
+            found.append((number, (0.0, 0.0, 1.0, 1.0)))
+            continue
+        for _ in range(50):
+            patch = _random_patch(rng)
+            if any(iou(patch, box) >= min_iou for box in boxes):
+                found.append((number, patch))
+                break
+    return found[rng.randrange(len(found))]
+
+
+def _random_patch(rng: random.Random) -> Box:
+    scale = rng.uniform(0.3, 1.0)
+    aspect = rng.uniform(0.5, 2.0)
+    aspect = max(aspect, scale**2)
+    aspect = min(aspect, 1 / scale**2)
+    width, height = scale * math.sqrt(aspect), scale / math.sqrt(aspect)
+    left, top = rng.uniform(0, max(0.0, 1 - width)), rng.uniform(0, max(0.0, 1 - height))
+    return left, top, left + width, top + height
