@@ -38,6 +38,10 @@ class StorageError(PipelineError):
     """The store answers no, after the retries: which URI, and what to check."""
 
 
+class BudgetError(PipelineError):
+    """More images failed than `--max-failed-fraction` allows (exit code 3)."""
+
+
 class CheckpointError(ConfigError):
     """Weights that are unknown, damaged or of another architecture."""
 

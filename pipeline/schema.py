@@ -49,6 +49,7 @@ META_VERSION = b"shardshot.schema_version"
 META_FINGERPRINT = b"shardshot.fingerprint"
 META_MODEL = b"shardshot.model"  # JSON: architecture, classes, input size, thresholds, weights sha256
 META_DETECTIONS_PART = b"shardshot.detections_part"  # in an images/ part: the detections/ part it commits
+META_NUM_DETECTIONS = b"shardshot.num_detections"  # in an images/ part: rows of its detections/ part
 META_REPLACES = b"shardshot.replaces"  # JSON list of images/ parts whose rows this part took over
 META_RUN = b"shardshot.run"  # id of the run that wrote the part
 META_ROUND = b"shardshot.round"  # int: 0 at first; rows of a higher round supersede those of the same image

@@ -1,0 +1,300 @@
+"""What runs inside the tasks of the inference chain, without Ray: shards to image blocks to detections.
+
+A block is a `pa.Table` of a fixed number of images, with the same rows in the same order at every attempt: Ray
+resumes a retried reader by counting the blocks it had yielded, so anything else would lose rows silently.
+A failed image is a row with a blank image.
+"""
+
+import time
+from collections import deque
+from collections.abc import Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING
+
+import numpy as np
+import pyarrow as pa
+
+from pipeline import schema, storage
+from pipeline.data.images import ResizeRule, decode_image, resize_image
+from pipeline.data.shards import RawImage, Shard, read_shard
+from pipeline.errors import ImageError, ShardError, StorageError
+
+if TYPE_CHECKING:
+    from pipeline.model.detector import NumpyDetections
+
+SHARDS_AHEAD = 1  # opened while the current one is decoded: hides the store's latency
+IMAGES_AHEAD = 32  # the same for loose image files, a request each
+
+# Columns that travel beside schema.IMAGES from the reader to the sink, one value a row.
+STATS = ("num_retries", "read_s", "decode_s", "detect_s")
+_IMAGES = {field.name: field.type for field in schema.IMAGES}
+_LISTS = {
+    "boxes": pa.list_(pa.list_(pa.float32(), 4)),
+    "scores": pa.list_(pa.float32()),
+    "labels": pa.list_(pa.int32()),
+}
+
+
+@dataclass(frozen=True, slots=True)
+class Work:
+    """One shard to read and the indices in it that are done already."""
+
+    shard: Shard
+    skip: frozenset[int] = frozenset()
+
+
+@dataclass(frozen=True, kw_only=True)
+class ReadSettings:
+    """How readers make images of bytes."""
+
+    height: int
+    width: int
+    resize_rule: ResizeRule
+    images_per_block: int
+    max_pixels: int
+    max_image_bytes: int
+    reduced_decode: bool
+    image_column: str | None = None
+    id_column: str | None = None
+    isolated: bool = False
+    """Decode each image in a child process: one that kills it becomes a failed row."""
+
+    @property
+    def image_bytes(self) -> int:
+        """Of one resized image."""
+        return self.height * self.width * 3
+
+
+# ---- reader ------------------------------------------------------------------------------------------
+
+
+def read_blocks(work: Sequence[Work], settings: ReadSettings) -> Iterator[pa.Table]:
+    """Read shards, decode and resize their images; yields blocks of `images_per_block` images.
+
+    Each block has the columns of `schema.IMAGES`, `STATS` and `image`: uint8 [height, width, 3] RGB.
+    """
+    rows: list[dict[str, object]] = []
+    images = _blank(settings)
+    retries = storage.num_retries()
+    before = time.perf_counter()
+    for raw in _read_ahead(work, settings):
+        read_s = time.perf_counter() - before
+        row, pixels = _decode(raw, settings)
+        row["num_retries"], retries = storage.num_retries() - retries, storage.num_retries()
+        row["read_s"] = read_s
+        if pixels is not None:
+            images[len(rows)] = pixels
+        rows.append(row)
+        if len(rows) == settings.images_per_block:
+            yield _block(rows, images)
+            rows, images = [], _blank(settings)
+        before = time.perf_counter()
+    if rows:
+        yield _block(rows, images[: len(rows)])
+
+
+def _blank(settings: ReadSettings) -> np.ndarray:
+    return np.zeros((settings.images_per_block, settings.height, settings.width, 3), np.uint8)
+
+
+def _block(rows: list[dict[str, object]], images: np.ndarray) -> pa.Table:
+    columns = {name: pa.array([row[name] for row in rows]).cast(kind) for name, kind in _IMAGES.items()}
+    stats = {name: pa.array([row[name] for row in rows], pa.float64()) for name in STATS}
+    pixels = pa.FixedShapeTensorArray.from_numpy_ndarray(images)
+    return pa.table({**columns, **stats, "image": pixels})
+
+
+def _decode(raw: RawImage, settings: ReadSettings) -> tuple[dict[str, object], np.ndarray | None]:
+    """The row of one image and its resized pixels; None where it failed."""
+    start = time.perf_counter()
+    row: dict[str, object] = {
+        "image_id": raw.image_id, "uri": raw.uri, "shard": raw.shard, "shard_index": raw.shard_index,
+        "shard_size": raw.shard_size, "width": 0, "height": 0, "num_bytes": len(raw.data or b""),
+        "num_detections": 0, "status": "ok", "error_stage": "", "error_type": "", "error_message": "",
+        "decode_s": 0.0, "detect_s": 0.0,
+    }  # fmt: skip
+    try:
+        if raw.error:
+            raise raw.error
+        # Twice the input keeps the resize's source pixels; effect on AP: benchmarks/reduced_decode.py.
+        enough = (2 * settings.width, 2 * settings.height) if settings.reduced_decode else None
+        decoded = decode_image(raw.data or b"", max_pixels=settings.max_pixels, min_size=enough)
+        pixels = resize_image(
+            decoded.pixels, height=settings.height, width=settings.width, rule=settings.resize_rule
+        )
+    except ImageError as error:
+        row.update(_failure(error.stage, error.kind, str(error)))
+        return row, None
+    except Exception as error:  # the per-image boundary: a decoder's own bug costs one image
+        row.update(_failure("decode", type(error).__name__, str(error)))
+        return row, None
+    row.update(width=decoded.width, height=decoded.height, decode_s=time.perf_counter() - start)
+    return row, pixels
+
+
+def _failure(stage: str, kind: str, message: str) -> dict[str, str]:
+    text = " ".join(message.split())[:500].encode("utf-8", "replace").decode()
+    return {"status": "failed", "error_stage": stage, "error_type": kind, "error_message": text}
+
+
+def _read_ahead(work: Sequence[Work], settings: ReadSettings) -> Iterator[RawImage]:
+    """The images of all shards, in order; the next shards are opened in the background meanwhile."""
+    with ThreadPoolExecutor(IMAGES_AHEAD) as pool:
+        opened: deque[Future[Iterator[RawImage]]] = deque()
+        waiting = iter(work)
+        for current in work:
+            depth = IMAGES_AHEAD if current.shard.kind == "image" else SHARDS_AHEAD
+            while len(opened) <= depth and (item := next(waiting, None)):
+                opened.append(pool.submit(_open, item, settings))
+            yield from _or_failed_row(opened.popleft(), current.shard)
+
+
+def _open(work: Work, settings: ReadSettings) -> Iterator[RawImage]:
+    """Fetch and index the shard: done by `read_shard` before its first row."""
+    rows = read_shard(
+        work.shard,
+        image_column=settings.image_column,
+        id_column=settings.id_column,
+        skip=work.skip,
+        max_image_bytes=settings.max_image_bytes,
+    )
+    first = next(rows, None)
+    return iter(()) if first is None else _chain(first, rows)
+
+
+def _chain(first: RawImage, rest: Iterator[RawImage]) -> Iterator[RawImage]:
+    yield first
+    yield from rest
+
+
+def _or_failed_row(opened: Future[Iterator[RawImage]], shard: Shard) -> Iterator[RawImage]:
+    """The shard's images, or one failed row for a shard that can't be opened or counted."""
+    try:
+        yield from opened.result()
+    except (ShardError, StorageError) as error:
+        loose = shard.kind == "image"  # a shard of one is counted, whatever happens to it
+        yield RawImage(
+            image_id=shard.name,
+            uri=shard.uri,
+            shard=shard.name,
+            shard_index=0 if loose else -1,
+            shard_size=1 if loose else 0,
+            data=None,
+            error=ImageError(str(error), stage="read", kind=type(error).__name__),
+            annotation=None,
+        )
+
+
+# ---- detector ----------------------------------------------------------------------------------------
+
+
+class DetectImages:
+    """The detector as a callable on blocks: replaces `image` by `boxes`, `scores` and `labels`.
+
+    Rows in = rows out: failed images pass through untouched.
+    """
+
+    def __init__(
+        self, weights: str, device: str, score_threshold: float, batch_size: int, threads: int
+    ) -> None:
+        import torch  # the driver may have none
+
+        from pipeline.model.detector import Detector
+
+        if threads:
+            torch.set_num_threads(threads)
+        self.batch_size = batch_size
+        self.detector: Detector = Detector(weights, device=device, score_threshold=score_threshold)
+
+    def __call__(self, block: pa.Table) -> pa.Table:
+        """Detect in the good images of `block`, `batch_size` at a time."""
+        images = block["image"].combine_chunks()
+        pixels = images.to_numpy_ndarray() if len(images) else np.zeros((0, 1, 1, 3), np.uint8)
+        sizes_N2 = np.stack([block["width"].to_numpy(), block["height"].to_numpy()], axis=1)
+        good = np.flatnonzero(sizes_N2[:, 0] > 0)
+        start = time.perf_counter()
+        found = [
+            _without_empty_boxes(self.detector(pixels[rows], sizes_N2[rows]), rows)
+            for rows in np.split(good, range(self.batch_size, len(good), self.batch_size))
+            if len(rows)
+        ]
+        seconds = (time.perf_counter() - start) / max(len(good), 1)
+        return _with_detections(block, found, seconds, good)
+
+
+def _without_empty_boxes(found: "NumpyDetections", rows: np.ndarray) -> "NumpyDetections":
+    """Drop boxes without area (after clipping to the image) and count images by their row in the block."""
+    boxes = found.boxes
+    keep = (boxes[:, 2] > boxes[:, 0]) & (boxes[:, 3] > boxes[:, 1])
+    return replace(
+        found,
+        image_index=rows[found.image_index[keep]],
+        boxes=boxes[keep],
+        scores=found.scores[keep],
+        labels=found.labels[keep],
+    )
+
+
+def _with_detections(
+    block: pa.Table, found: list["NumpyDetections"], seconds: float, good: np.ndarray
+) -> pa.Table:
+    index = np.concatenate([batch.image_index for batch in found] or [np.zeros(0, np.int64)])
+    counts = np.bincount(index, minlength=len(block)).astype(np.int32)
+    offsets = pa.array(np.concatenate([[0], np.cumsum(counts)]).astype(np.int32))
+    boxes = np.concatenate([batch.boxes for batch in found] or [np.zeros((0, 4))]).astype(np.float32)
+    scores = np.concatenate([batch.scores for batch in found] or [np.zeros(0)]).astype(np.float32)
+    labels = np.concatenate([batch.labels for batch in found] or [np.zeros(0)]).astype(np.int32)
+    detect_s = np.zeros(len(block))
+    detect_s[good] = seconds
+    flat_boxes = pa.FixedSizeListArray.from_arrays(pa.array(boxes.reshape(-1)), 4)
+    values = {"boxes": flat_boxes, "scores": pa.array(scores), "labels": pa.array(labels)}
+    for name, column in {"num_detections": pa.array(counts), "detect_s": pa.array(detect_s)}.items():
+        block = block.set_column(block.schema.get_field_index(name), name, column)
+    block = block.drop_columns(["image"])
+    for name, column in values.items():
+        block = block.append_column(name, pa.ListArray.from_arrays(offsets, column).cast(_LISTS[name]))
+    return block
+
+
+# ---- tables ------------------------------------------------------------------------------------------
+
+
+def to_tables(block: pa.Table, class_names: dict[int, str]) -> tuple[pa.Table, pa.Table]:
+    """Split a detected block into the two tables of the output contract: images and detections.
+
+    Args:
+        block: what `DetectImages` returns.
+        class_names: class name by data-set id.
+    """
+    counts = block["num_detections"].to_numpy()
+    row = np.repeat(np.arange(len(block)), counts)
+    rank = np.arange(len(row)) - np.repeat(np.cumsum(counts) - counts, counts)
+    boxes = _flat(block, "boxes", np.float32).reshape(-1, 4)
+    labels = _flat(block, "labels", np.int32)
+    ids, codes = np.unique(labels, return_inverse=True)
+    names = pa.array([class_names[label] for label in ids.tolist()], pa.string())
+    of_image = block.select(["image_id", "width", "height"]).take(row)
+    columns = {
+        "image_id": of_image["image_id"].combine_chunks().dictionary_encode(),
+        "detection_id": pa.array(rank.astype(np.int32)),
+        "label": pa.array(labels),
+        "class_name": pa.DictionaryArray.from_arrays(pa.array(codes.astype(np.int32)), names),
+        "score": pa.array(_flat(block, "scores", np.float32)),
+        "xmin": pa.array(boxes[:, 0]),
+        "ymin": pa.array(boxes[:, 1]),
+        "xmax": pa.array(boxes[:, 2]),
+        "ymax": pa.array(boxes[:, 3]),
+        "image_width": of_image["width"],
+        "image_height": of_image["height"],
+    }
+    detections = pa.table(columns).cast(schema.DETECTIONS)
+    return block.select(schema.IMAGES.names).cast(schema.IMAGES), detections
+
+
+def _flat(block: pa.Table, name: str, dtype: type) -> np.ndarray:
+    """All values of a list column, end to end."""
+    values = block[name].combine_chunks().flatten()
+    if name == "boxes":
+        values = values.flatten()
+    return values.to_numpy(zero_copy_only=False).astype(dtype, copy=False)

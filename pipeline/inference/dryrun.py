@@ -1,0 +1,69 @@
+"""`--dry-run`: open one shard, load the model, check the output, and say what a run would do."""
+
+import hashlib
+import time
+
+import numpy as np
+
+from pipeline.config import InferConfig
+from pipeline.data.shards import list_shards
+from pipeline.inference.blocks import DetectImages, Work, read_blocks
+from pipeline.inference.ledger import read_ledger
+from pipeline.inference.plan import check_output, group_tasks, plan_work, read_settings, run_fingerprint
+from pipeline.inference.run import check_writable
+from pipeline.model import checkpoint
+from pipeline.results.parts import read_parts
+from pipeline.runlog import duration
+
+SAMPLE_IMAGES = 64
+
+
+def dry_run(config: InferConfig) -> str:
+    """Check everything that a run needs, on this machine and without Ray; returns the plan as text.
+
+    Raises:
+        ConfigError: what a run would refuse.
+    """
+    weights = checkpoint.read_weights(config.weights)
+    spec = checkpoint.read_spec(config.weights)
+    settings = read_settings(config, spec)
+    fingerprint = run_fingerprint(config, spec, hashlib.sha256(weights).hexdigest())
+    check_writable(config.output)
+    if not config.overwrite:
+        check_output(config, fingerprint)
+    shards = list_shards(config.input)
+    parts = [] if config.overwrite else read_parts(config.output)
+    ledger = read_ledger(config.output, parts)
+    work = plan_work(config, settings, shards, ledger)
+    size = f"{spec.input_width}x{spec.input_height}"
+    lines = [
+        f"input     {config.input}: {len(shards):,} shards, {sum(s.num_bytes for s in shards) / 1e9:,.2f} GB",
+        f"output    {config.output}: writable; {len(ledger.keys):,} images done before",
+        f"model     {spec.architecture}, {spec.num_classes - 1} classes, input {size}",
+        f"to do     {len(work):,} shards in {len(group_tasks(work)):,} read tasks",
+    ]
+    if work:
+        lines.append(_sample(config, weights, settings, work))
+    return "\n".join(lines)
+
+
+def _sample(config: InferConfig, weights: bytes, settings, work: list[Work]) -> str:  # noqa: ANN001
+    """Read and detect some images of the first shards; estimate the whole."""
+    start = time.perf_counter()
+    few = work[:SAMPLE_IMAGES]
+    block = next(read_blocks(few, settings))
+    read_s = time.perf_counter() - start
+    detector = DetectImages(weights, "cpu", config.score_threshold, config.batch_size, threads=0)
+    start = time.perf_counter()
+    detected = detector(block)
+    detect_s = time.perf_counter() - start
+    sizes = {row["shard"]: row["shard_size"] for row in block.select(["shard", "shard_size"]).to_pylist()}
+    total = round(len(work) * float(np.mean(list(sizes.values())))) if sizes else 0
+    failed = block["status"].to_pylist().count("failed")
+    boxes = sum(detected["num_detections"].to_pylist())
+    read_ms, detect_ms = 1000 * read_s / len(block), 1000 * detect_s / len(block)
+    return (
+        f"sample    {len(block)} images of {len(sizes)} shards: {failed} failed, {boxes} detections; "
+        f"{read_ms:.0f} ms an image to read, {detect_ms:.0f} ms to detect on this CPU\n"
+        f"estimate  about {total:,} images: {duration(total * (read_ms + detect_ms) / 1000)} on this machine alone"
+    )

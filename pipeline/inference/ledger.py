@@ -1,0 +1,332 @@
+"""What an output already holds: the `images/` table read as a ledger, and its upkeep.
+
+A resume is an anti-join against it; `sweep` removes what dead writers left; `compact` leaves few files.
+"""
+
+import io
+import json
+import uuid
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, field
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.parquet as pq
+
+from pipeline import schema, storage
+from pipeline.errors import StorageError
+from pipeline.inference.lock import LockRef
+from pipeline.results.parts import Part, part_names, read_parts
+
+# A compacted part: about 60 MB of boxes. A million images at 7 boxes each make four.
+COMPACT_IMAGES = 250_000
+COMPACT_DETECTIONS = 2_000_000
+
+_KEY_BITS = 32  # a key is shard code << 32 | shard_index
+
+
+@dataclass
+class Ledger:
+    """Which images of which shards are done. Built in one pass, 8 bytes an image."""
+
+    codes: dict[str, int] = field(default_factory=dict)
+    sizes: np.ndarray = field(default_factory=lambda: np.zeros(0, np.int64))
+    """int64 [shards]: images in the shard, 0 for one that could not be counted."""
+    keys: np.ndarray = field(default_factory=lambda: np.zeros(0, np.int64))
+    """int64 [images], sorted, unique."""
+    failed: np.ndarray = field(default_factory=lambda: np.zeros(0, np.int64))
+    """int64: the keys that failed."""
+    num_rows: int = 0
+    """Rows read; more than `len(keys)` where an image is there twice."""
+
+    def done(self, shard: str, *, count_failed: bool = True) -> np.ndarray:
+        """int64: the finished indices of `shard`, ascending; -1 stands for the shard itself."""
+        code = self.codes.get(shard)
+        if code is None:
+            return np.zeros(0, np.int64)
+        keys = self._of(self.keys, code)
+        if not count_failed:
+            keys = np.setdiff1d(keys, self._of(self.failed, code), assume_unique=True)
+        return (keys & ((1 << _KEY_BITS) - 1)) - 1
+
+    def is_finished(self, shard: str) -> bool:
+        """Whether every image of `shard`, or the shard itself as a failure, has its row."""
+        code = self.codes.get(shard)
+        return code is not None and bool(self._finished()[code])
+
+    def finished_shards(self) -> set[str]:
+        """The names of all finished shards."""
+        finished = self._finished()
+        return {shard for shard, code in self.codes.items() if finished[code]}
+
+    def _finished(self) -> np.ndarray:
+        counted = np.bincount(self.keys >> _KEY_BITS, minlength=len(self.sizes))
+        whole = (self.keys & ((1 << _KEY_BITS) - 1)) == 0  # index -1: the shard's own failure
+        given_up = np.bincount(self.keys[whole] >> _KEY_BITS, minlength=len(self.sizes)) > 0
+        return given_up | ((self.sizes > 0) & (counted == self.sizes))
+
+    def _of(self, keys: np.ndarray, code: int) -> np.ndarray:
+        start, end = np.searchsorted(keys, [code << _KEY_BITS, (code + 1) << _KEY_BITS])
+        return keys[start:end]
+
+
+def read_ledger(output: str, parts: Sequence[Part]) -> Ledger:
+    """Read the four columns of `images/` that tell what is done.
+
+    Measured with 10 million rows on 2 cores: see `benchmarks/planning.py`.
+    """
+    ledger = Ledger()
+    keys, failed, sizes = [], [], {}
+    for table in _columns(output, parts, ["shard", "shard_index", "shard_size", "status"]):
+        for batch in table.to_batches():
+            names = batch["shard"].dictionary.to_pylist()
+            code_of = np.array([ledger.codes.setdefault(name, len(ledger.codes)) for name in names], np.int64)
+            codes = code_of[batch["shard"].indices.to_numpy()]
+            index = batch["shard_index"].to_numpy().astype(np.int64) + 1
+            key = (codes << _KEY_BITS) | index
+            keys.append(key)
+            is_failed = pc.equal(batch["status"].cast(pa.string()), "failed").to_numpy(zero_copy_only=False)
+            failed.append(key[is_failed])
+            last = np.unique(codes, return_index=True)
+            sizes.update(zip(last[0].tolist(), batch["shard_size"].to_numpy()[last[1]].tolist(), strict=True))
+    ledger.sizes = np.zeros(len(ledger.codes), np.int64)
+    for code, size in sizes.items():
+        ledger.sizes[code] = size
+    ledger.keys, ledger.num_rows = _sorted_unique(keys)
+    ledger.failed, _ = _sorted_unique(failed)
+    return ledger
+
+
+def _sorted_unique(arrays: list[np.ndarray]) -> tuple[np.ndarray, int]:
+    """All values sorted without repeats, and how many there were; frees the pieces."""
+    if not arrays:
+        return np.zeros(0, np.int64), 0
+    values = np.concatenate(arrays)
+    arrays.clear()
+    values.sort()
+    keep = np.ones(len(values), bool)
+    np.not_equal(values[1:], values[:-1], out=keep[1:])
+    return (values if keep.all() else values[keep]), len(keep)
+
+
+def _columns(output: str, parts: Iterable[Part], columns: list[str]) -> Iterator[pa.Table]:
+    filesystem, root = storage.arrow_filesystem(output)
+    for part in parts:
+        file = pq.ParquetFile(f"{root}/images/{part.name}", filesystem=filesystem, read_dictionary=columns)
+        for group in range(file.num_row_groups):
+            yield file.read_row_group(group, columns=columns, use_threads=False)
+
+
+# ---- upkeep ------------------------------------------------------------------------------------------
+
+
+def sweep(output: str) -> list[Part]:
+    """Delete what dead writers left and return the parts that count. The lock must be held.
+
+    Images parts that another one replaced, then detections parts that nobody names.
+    """
+    names = part_names(output, "images")
+    parts = read_parts(output, names)
+    _delete(output, "images", names - {part.name for part in parts})
+    _delete(output, "detections", part_names(output, "detections") - {part.detections for part in parts})
+    return parts
+
+
+def remove_late(output: str, known: Sequence[Part], run: str) -> int:
+    """Delete parts that writers of other runs published since `known` was read; how many there were.
+
+    A writer can outlive its driver (measured: 61 s on another node when the head dies).
+    """
+    ours = {part.name for part in known}
+    names = {
+        name
+        for name in part_names(output, "images")
+        if name not in ours and not name.startswith(f"part-{run}.")
+    }
+    late = read_parts(output, names)
+    _delete(output, "images", {part.name for part in late})
+    _delete(output, "detections", {part.detections for part in late})
+    return len(late)
+
+
+def _delete(output: str, table: str, names: set[str]) -> None:
+    storage.delete(storage.join(output, table, name) for name in sorted(names))
+
+
+# ---- writing a part ----------------------------------------------------------------------------------
+
+
+def part_metadata(
+    *, fingerprint: str, model: str, run: str, round: int, replaces: Sequence[str] = ()
+) -> dict[bytes, bytes]:
+    """The key-value metadata of both files of a part."""
+    return {
+        schema.META_VERSION: schema.VERSION.encode(),
+        schema.META_FINGERPRINT: fingerprint.encode(),
+        schema.META_MODEL: model.encode(),
+        schema.META_RUN: run.encode(),
+        schema.META_ROUND: str(round).encode(),
+        schema.META_REPLACES: json.dumps(list(replaces)).encode(),
+    }
+
+
+def detections_name(name: str) -> str:
+    """A name for the detections part of the images part `name` that no other attempt uses."""
+    return name.replace(".parquet", f"-{uuid.uuid4().hex[:12]}.parquet")
+
+
+def to_parquet(table: pa.Table, metadata: dict[bytes, bytes]) -> bytes:
+    """A Parquet file of `table` in memory: zstd, dictionaries, statistics, page index."""
+    buffer = io.BytesIO()
+    pq.write_table(
+        table.replace_schema_metadata(metadata),
+        buffer,
+        compression="zstd",
+        compression_level=1,
+        write_statistics=True,
+        write_page_index=True,
+        row_group_size=262_144,
+        store_schema=True,
+    )
+    return buffer.getvalue()
+
+
+# ---- compaction --------------------------------------------------------------------------------------
+
+
+def compact(output: str, run: str, *, superseded: bool, lock: LockRef) -> list[Part]:
+    """Merge small parts into few, and drop rows that a later round superseded.
+
+    Crash-safe: a merged part names what it replaces, so wherever this stops, `sweep` finishes it.
+
+    Args:
+        output: the output folder.
+        run: id of this run, for the names of the new parts.
+        superseded: whether rows of the same image exist twice (after `--retry-failed`): merges everything.
+        lock: this run's lock.
+    """
+    parts = read_parts(output)
+    newest = _newest_rounds(output, parts) if superseded else {}
+    for number, group in enumerate(_groups(parts, everything=superseded)):
+        _merge(output, group, f"part-{run}.c{number:05d}.parquet", newest, lock)
+        _delete(output, "images", {part.name for part in group})
+        _delete(output, "detections", {part.detections for part in group})
+    return read_parts(output)
+
+
+def _groups(parts: Sequence[Part], *, everything: bool) -> Iterator[list[Part]]:
+    """Runs of parts that together stay below the limits; single parts are left alone."""
+    small = [part for part in parts if everything or part.num_images < COMPACT_IMAGES // 2]
+    group: list[Part] = []
+    images = boxes = 0
+    for part in small:
+        images, boxes = images + part.num_images, boxes + part.num_detections
+        if group and (images > COMPACT_IMAGES or boxes > COMPACT_DETECTIONS):
+            yield group
+            group, images, boxes = [], part.num_images, part.num_detections
+        group.append(part)
+    if len(group) > 1 or (group and everything):
+        yield group
+
+
+def _newest_rounds(output: str, parts: Sequence[Part]) -> dict[str, int]:
+    """For every image that a later round wrote: that round."""
+    newest: dict[str, int] = {}
+    for part in sorted(parts, key=lambda part: part.round):
+        for table in _columns(output, [part], ["image_id"]) if part.round else ():
+            newest.update(dict.fromkeys(table["image_id"].cast(pa.string()).to_pylist(), part.round))
+    return newest
+
+
+def _merge(output: str, group: Sequence[Part], name: str, newest: dict[str, int], lock: LockRef) -> None:
+    """Write one part with the rows of `group`, in input order, that takes their place."""
+    filesystem, root = storage.arrow_filesystem(output)
+    images, boxes = [], []
+    for part in group:
+        image_rows = pq.read_table(f"{root}/images/{part.name}", filesystem=filesystem, schema=schema.IMAGES)
+        box_rows = pq.read_table(
+            f"{root}/detections/{part.detections}", filesystem=filesystem, schema=schema.DETECTIONS
+        )
+        if newest:
+            keep = np.array(
+                [newest.get(i, part.round) == part.round for i in image_rows["image_id"].to_pylist()], bool
+            )
+            image_rows, box_rows = _select(image_rows, box_rows, np.flatnonzero(keep))
+        images.append(image_rows)
+        boxes.append(box_rows)
+    image_table, box_table = pa.concat_tables(images), pa.concat_tables(boxes)
+    order = pc.sort_indices(
+        image_table.select(["shard", "shard_index"]).set_column(
+            0, "shard", image_table["shard"].cast(pa.string())
+        ),
+        sort_keys=[("shard", "ascending"), ("shard_index", "ascending")],
+    ).to_numpy()
+    image_table, box_table = _select(image_table, box_table, order)
+    last = max(group, key=lambda part: part.round)
+    commit(
+        output,
+        name,
+        image_table,
+        box_table,
+        part_metadata(
+            fingerprint=last.fingerprint,
+            model=last.model,
+            run=last.run,
+            round=last.round,
+            replaces=[part.name for part in group],
+        ),
+        lock=lock,
+    )
+
+
+def _select(images: pa.Table, boxes: pa.Table, rows: np.ndarray) -> tuple[pa.Table, pa.Table]:
+    """The image `rows` and their boxes, in this order; boxes stand in the order of their images."""
+    counts = images["num_detections"].to_numpy()
+    starts = np.cumsum(counts) - counts
+    taken = counts[rows]
+    first = np.cumsum(taken) - taken
+    box_rows = np.arange(taken.sum()) - np.repeat(first - starts[rows], taken)
+    return images.take(rows), boxes.take(box_rows)
+
+
+def commit(
+    output: str,
+    name: str,
+    images: pa.Table,
+    boxes: pa.Table,
+    metadata: dict[bytes, bytes],
+    *,
+    lock: LockRef,
+) -> bool:
+    """Publish a part: the boxes under a fresh name, then the images part that names them, only if absent.
+
+    The lock is looked at before publishing, and once more after: a writer that was held up in between takes
+    its part back.
+
+    Returns:
+        False where a part of this name exists: another attempt of the same task was first, and counts.
+
+    Raises:
+        StorageError: another run took the output over; nothing stays published.
+    """
+    boxes_name = detections_name(name)
+    boxes_uri, images_uri = (
+        storage.join(output, "detections", boxes_name),
+        storage.join(output, "images", name),
+    )
+    storage.write_atomic(boxes_uri, to_parquet(boxes, metadata))
+    named = {
+        **metadata,
+        schema.META_DETECTIONS_PART: boxes_name.encode(),
+        schema.META_NUM_DETECTIONS: str(len(boxes)).encode(),
+    }
+    if lock.is_held():
+        if not storage.create_exclusive(images_uri, to_parquet(images, named)):
+            storage.delete([boxes_uri])
+            return False
+        if lock.is_held():
+            return True
+        storage.delete([images_uri])
+    storage.delete([boxes_uri])
+    raise StorageError(f"{output}: another run took this output over; this one stops")

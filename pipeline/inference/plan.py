@@ -1,0 +1,251 @@
+"""What a run has to do: the shards of the input minus what the output already holds.
+
+Everything that can be refused is refused here, before a detector is loaded.
+"""
+
+import hashlib
+import io
+import json
+from collections.abc import Collection, Iterable, Sequence
+from dataclasses import dataclass
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from pipeline import schema, storage
+from pipeline.config import InferConfig
+from pipeline.data.shards import Shard, list_shards
+from pipeline.errors import ConfigError
+from pipeline.inference.blocks import ReadSettings, Work
+from pipeline.inference.ledger import Ledger, read_ledger, sweep
+from pipeline.model.spec import ModelSpec
+from pipeline.results.parts import Part
+
+# A Ray task reads one large shard, or several small ones: a task each measured 33 s for 20,000 shards, some
+# thousand tasks in all 6 s for 100,000.
+MAX_TASKS = 2_000
+MIN_IMAGES_PER_TASK = 128  # loose image files, a shard each
+
+# A block is one commit: small enough for a slow detector, a whole number of batches. 64 images of
+# 300 x 300 are 17 MB.
+IMAGES_PER_BLOCK = 64
+
+SHARDS = pa.schema(
+    [
+        pa.field("name", pa.string()),
+        pa.field("uri", pa.string()),
+        pa.field("kind", pa.dictionary(pa.int8(), pa.string())),
+        pa.field("num_bytes", pa.int64()),
+        pa.field("etag", pa.string()),
+    ]
+)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Plan:
+    """Work for one run on one output."""
+
+    output: str
+    shards: list[Shard]
+    ledger: Ledger
+    known: list[Part]
+    """The parts that counted when the run began."""
+    work: list[Work]
+    round: int
+    """0, or higher where this run's rows replace older ones of the same image."""
+    settings: ReadSettings
+    fingerprint: str
+
+    @property
+    def num_finished_shards(self) -> int:
+        """Shards that will not be opened."""
+        return len(self.shards) - len(self.work)
+
+    @property
+    def num_finished_images(self) -> int:
+        """Images that already have their row."""
+        return len(self.ledger.keys)
+
+
+def read_settings(config: InferConfig, spec: ModelSpec) -> ReadSettings:
+    """How readers prepare images for the model."""
+    batches = max(1, IMAGES_PER_BLOCK // config.batch_size)
+    return ReadSettings(
+        height=spec.input_height,
+        width=spec.input_width,
+        resize_rule=spec.resize_rule,
+        images_per_block=batches * config.batch_size,
+        max_pixels=config.max_pixels,
+        max_image_bytes=config.max_image_bytes,
+        reduced_decode=config.reduced_decode,
+        image_column=config.image_column or None,
+        id_column=config.id_column or None,
+    )
+
+
+def run_fingerprint(config: InferConfig, spec: ModelSpec, weights_sha256: str) -> dict[str, object]:
+    """Everything that changes a row of the output, by name. Batch size, pool and device don't."""
+    model = json.loads(spec.to_json())
+    model.pop("score_threshold", None)  # the run's own threshold counts
+    return {
+        "schema_version": schema.VERSION,
+        "weights_sha256": weights_sha256,
+        "model": model,
+        "score_threshold": config.score_threshold,
+        "max_pixels": config.max_pixels,
+        "max_image_bytes": config.max_image_bytes,
+        "reduced_decode": config.reduced_decode,
+        "image_column": config.image_column,
+        "id_column": config.id_column,
+    }
+
+
+def digest(fingerprint: dict[str, object]) -> str:
+    """The fingerprint as 16 hexadecimal digits, for the files' metadata."""
+    return hashlib.sha256(json.dumps(fingerprint, sort_keys=True).encode()).hexdigest()[:16]
+
+
+def check_output(config: InferConfig, fingerprint: dict[str, object]) -> None:
+    """Refuse an output that holds something else than an earlier run with the same fingerprint.
+
+    Raises:
+        ConfigError: foreign files, or another model, threshold or setting (the difference is shown).
+    """
+    names = storage.list_names(config.output)
+    if not names:
+        return
+    record = storage.join(config.output, "_run", "config.json")
+    if not storage.exists(record):
+        if names <= {"_run"}:
+            return
+        raise ConfigError(
+            f"--output {config.output} holds other files (such as {min(names)!r}); choose an empty folder"
+        )
+    before = json.loads(storage.read_bytes(record))["fingerprint"]
+    if before != json.loads(json.dumps(fingerprint)):
+        raise ConfigError(
+            f"--output {config.output} was made with other settings: "
+            f"{'; '.join(_differences(before, fingerprint))}. "
+            "Give the same settings, another --output, or --overwrite"
+        )
+
+
+def _differences(before: dict[str, object], now: dict[str, object], prefix: str = "") -> list[str]:
+    lines: list[str] = []
+    for key in sorted({*before, *now}):
+        old, new = before.get(key), json.loads(json.dumps(now.get(key)))
+        if isinstance(old, dict) and isinstance(new, dict):
+            lines += _differences(old, new, f"{prefix}{key}.")
+        elif old != new:
+            lines.append(f"{prefix}{key} was {_short(old)}, now {_short(new)}")
+    return lines
+
+
+def _short(value: object) -> str:
+    text = json.dumps(value)
+    return text if len(text) <= 60 else text[:57] + "..."
+
+
+def make_plan(config: InferConfig, settings: ReadSettings, fingerprint: str) -> Plan:
+    """List the input, sweep the output and subtract. The lock must be held.
+
+    Raises:
+        ConfigError: nothing to read, or shards changed since they were finished.
+    """
+    shards = list_shards(config.input)
+    known = sweep(config.output)
+    ledger = read_ledger(config.output, known)
+    redone = changed_shards(config, shards, ledger)
+    retry = config.retry_failed or bool(redone)
+    return Plan(
+        output=config.output,
+        shards=shards,
+        ledger=ledger,
+        known=known,
+        work=plan_work(config, settings, shards, ledger, redone),
+        round=max((part.round for part in known), default=0) + 1 if retry and known else 0,
+        settings=settings,
+        fingerprint=fingerprint,
+    )
+
+
+def plan_work(
+    config: InferConfig,
+    settings: ReadSettings,
+    shards: Sequence[Shard],
+    ledger: Ledger,
+    redone: Collection[str] = (),
+) -> list[Work]:
+    """The anti-join: what of `shards` is not in `ledger`, up to `--limit`; `redone` shards run anew."""
+    work = [
+        work
+        for shard in shards
+        if (work := _remaining(shard, ledger, retry_failed=config.retry_failed, anew=shard.name in redone))
+    ]
+    return _limited(work, config.limit, settings)
+
+
+def _remaining(shard: Shard, ledger: Ledger, *, retry_failed: bool, anew: bool) -> Work | None:
+    """What is left to do of `shard`; None where nothing is."""
+    if anew or shard.name not in ledger.codes:
+        return Work(shard)
+    done = ledger.done(shard.name, count_failed=not retry_failed)
+    if ledger.is_finished(shard.name) and len(done) == len(ledger.done(shard.name)):
+        return None
+    return Work(shard, frozenset(done[done >= 0].tolist()))
+
+
+def changed_shards(config: InferConfig, shards: Iterable[Shard], ledger: Ledger) -> set[str]:
+    """Shards with rows in the output whose size or etag is another one now."""
+    record = storage.join(config.output, "_run", "shards.parquet")
+    if not storage.exists(record):
+        return set()
+    table = pq.read_table(io.BytesIO(storage.read_bytes(record)), columns=["name", "num_bytes", "etag"])
+    before = {row["name"]: (row["num_bytes"], row["etag"]) for row in table.to_pylist()}
+    changed = {
+        shard.name
+        for shard in shards
+        if shard.name in ledger.codes
+        and before.get(shard.name, (shard.num_bytes, shard.etag)) != (shard.num_bytes, shard.etag)
+    }
+    if changed and not config.redo_changed:
+        raise ConfigError(
+            f"{len(changed)} shards changed since they were run, such as {min(changed)}: "
+            "--redo-changed runs them again, --overwrite starts anew"
+        )
+    return changed
+
+
+def _limited(work: list[Work], limit: int, settings: ReadSettings) -> list[Work]:
+    """The first shards, enough for about `limit` images; a shard of unknown size counts as one block."""
+    if not limit:
+        return work
+    kept, images = [], 0
+    for item in work:
+        if images >= limit:
+            break
+        kept.append(item)
+        images += 1 if item.shard.kind == "image" else settings.images_per_block
+    return kept
+
+
+def save_shards(plan: Plan) -> None:
+    """Record the input's shards with size and etag in `_run/shards.parquet`."""
+    columns = {name: [getattr(shard, name) for shard in plan.shards] for name in SHARDS.names}
+    buffer = io.BytesIO()
+    pq.write_table(pa.table(columns, schema=SHARDS), buffer, compression="zstd")
+    storage.write_atomic(storage.join(plan.output, "_run", "shards.parquet"), buffer.getvalue())
+
+
+def group_tasks(work: Sequence[Work]) -> list[list[Work]]:
+    """Split the work into Ray tasks: at most `MAX_TASKS`, and enough loose images in each."""
+    loose = [item for item in work if item.shard.kind == "image"]
+    packed = [item for item in work if item.shard.kind != "image"]
+    return [
+        *_chunks(packed, -(-len(packed) // MAX_TASKS)),
+        *_chunks(loose, max(MIN_IMAGES_PER_TASK, -(-len(loose) // MAX_TASKS))),
+    ]
+
+
+def _chunks(items: Sequence[Work], size: int) -> list[list[Work]]:
+    return [list(items[start : start + size]) for start in range(0, len(items), max(size, 1))]

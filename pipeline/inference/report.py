@@ -1,0 +1,145 @@
+"""The end of a run: `_run/report.json`, the summary for people, and what limited the speed."""
+
+import json
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+
+from pipeline import storage
+from pipeline.config import InferConfig
+from pipeline.inference.plan import Plan
+from pipeline.results.parts import Part
+from pipeline.results.read import summarise
+from pipeline.runlog import Progress, duration
+
+
+@dataclass(frozen=True, kw_only=True)
+class Report:
+    """What a run did and what the output holds now."""
+
+    input: str
+    output: str
+    num_shards: int
+    num_images: int
+    """In the output, of all runs."""
+    num_failed: int
+    num_detections: int
+    num_images_this_run: int
+    num_failed_this_run: int
+    seconds: float
+    """From the start of the pipeline to the last part."""
+    images_per_second: float
+    steady_images_per_second: float
+    """From the first part on: without the start of Ray and the loading of weights."""
+    num_detectors: int
+    steady_images_per_second_per_detector: float
+    read_s: float
+    """Seconds summed over all tasks: waiting for the store, decoding and resizing, detecting."""
+    decode_s: float
+    detect_s: float
+    detectors_busy: float
+    """Share of the detectors' time."""
+    num_retries: int
+    errors: dict[str, int]
+    """Failed images of this run by "stage: type"."""
+    classes: dict[str, int]
+    """Detections in the output by class name, most frequent first."""
+    limited_by: str
+    num_parts: int
+    over_budget: bool
+    stopped_early: bool
+
+
+def finish_report(
+    config: InferConfig,
+    plan: Plan,
+    parts: Sequence[Part],
+    progress: Progress,
+    num_detectors: int,
+    *,
+    stopped: bool,
+) -> Report:
+    """Count the output, write `_run/report.json` and return it."""
+    summary = summarise(config.output)
+    counts, seconds = progress.counts, progress.seconds
+    busy = counts.detect_s / max(progress.steady_seconds * num_detectors, 1e-9)
+    failed_fraction = summary.num_failed / max(summary.num_images, 1)
+    report = Report(
+        input=config.input,
+        output=config.output,
+        num_shards=len(plan.shards),
+        num_images=summary.num_images,
+        num_failed=summary.num_failed,
+        num_detections=summary.num_detections,
+        num_images_this_run=counts.images,
+        num_failed_this_run=counts.failed,
+        seconds=round(seconds, 2),
+        images_per_second=round(counts.images / max(seconds, 1e-9), 2) if counts.images else 0.0,
+        steady_images_per_second=round(progress.steady_rate, 2),
+        num_detectors=num_detectors,
+        steady_images_per_second_per_detector=round(progress.steady_rate / num_detectors, 2),
+        read_s=round(counts.read_s, 2),
+        decode_s=round(counts.decode_s, 2),
+        detect_s=round(counts.detect_s, 2),
+        detectors_busy=round(min(busy, 1.0), 3),
+        num_retries=int(counts.num_retries),
+        errors=dict(counts.errors),
+        classes={row.class_name: int(row.num_detections) for row in summary.classes.itertuples()},
+        limited_by=limited_by(progress, busy),
+        num_parts=len(parts),
+        over_budget=stopped or failed_fraction > config.max_failed_fraction,
+        stopped_early=stopped,
+    )
+    storage.write_atomic(
+        storage.join(config.output, "_run", "report.json"), json.dumps(asdict(report), indent=2).encode()
+    )
+    return report
+
+
+def limited_by(progress: Progress, busy: float) -> str:
+    """One sentence that names what the run waited for."""
+    counts = progress.counts
+    if counts.images == 0:
+        return "Nothing was left to do."
+    if progress.steady_seconds < 0.5 * progress.seconds:
+        return "Start-up took most of the time: too few images to tell what limits the speed."
+    if busy >= 0.8:
+        return f"The detectors were busy {100 * min(busy, 1):.0f} % of the time: more of them make it faster."
+    if counts.read_s > counts.decode_s:
+        return (
+            f"The detectors were busy only {100 * busy:.0f} %, and reading took {counts.read_s:.0f} s against "
+            f"{counts.decode_s:.0f} s of decoding: the store or the network limits."
+        )
+    return f"Detectors were busy only {100 * busy:.0f} %: decoding limits, more CPU cores make it faster."
+
+
+def summary_text(report: Report) -> str:
+    """The summary that a person reads at the end of a run."""
+    done = report.num_images - report.num_failed
+    lines = [
+        "",
+        f"{report.num_images:,} images: {done:,} ok, {report.num_failed:,} failed; "
+        f"{report.num_detections:,} detections",
+    ]
+    if report.num_images_this_run:
+        lines.append(
+            f"this run: {report.num_images_this_run:,} images in {duration(report.seconds)}, "
+            f"{report.images_per_second:,.1f} images/s ({report.steady_images_per_second:,.1f} after start-up)"
+        )
+    for error, number in report.errors.items():
+        lines.append(f"  failed  {error:<30} {number:>8,}")
+    if report.num_retries:
+        lines.append(f"  {report.num_retries:,} storage calls were repeated")
+    for name, number in list(report.classes.items())[:12]:
+        lines.append(f"  {name:<38} {number:>8,}")
+    if len(report.classes) > 12:
+        lines.append(f"  ... and {len(report.classes) - 12} more classes")
+    lines += [report.limited_by, "", "Go on with pandas:", ""]
+    lines += [
+        "  from pipeline.results import load_detections, load_images",
+        f'  boxes = load_detections("{report.output}", min_score=0.5)',
+        "  boxes.class_name.value_counts()",
+        f'  failed = load_images("{report.output}", status="failed")',
+        '  failed[["image_id", "error_stage", "error_type", "error_message"]]',
+        "",
+    ]
+    return "\n".join(lines)

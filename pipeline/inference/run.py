@@ -1,0 +1,426 @@
+"""The inference run: plan, the chain read -> detect -> write, finish check, compaction, report."""
+
+import hashlib
+import json
+import threading
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from typing import Any
+
+import pyarrow as pa
+import ray
+import ray.exceptions
+from ray.actor import ActorHandle
+from ray.data import ActorPoolStrategy, Dataset, Datasource, ReadTask
+from ray.data.block import BlockMetadata
+from ray.util.metrics import Counter as MetricCounter
+from ray.util.metrics import Gauge as MetricGauge
+
+from pipeline import runtime, storage
+from pipeline.config import InferConfig, flags
+from pipeline.errors import BudgetError, ConfigError, PipelineError
+from pipeline.inference.blocks import DetectImages, ReadSettings, Work, read_blocks
+from pipeline.inference.ledger import Ledger, compact, part_metadata, read_ledger, remove_late
+from pipeline.inference.lock import Lock
+from pipeline.inference.plan import (
+    Plan,
+    check_output,
+    digest,
+    group_tasks,
+    make_plan,
+    read_settings,
+    run_fingerprint,
+    save_shards,
+)
+from pipeline.inference.report import Report, finish_report
+from pipeline.inference.sink import PartSink, Target
+from pipeline.model import checkpoint
+from pipeline.model.spec import ModelSpec
+from pipeline.results.parts import read_parts
+from pipeline.runlog import Counts, Progress, logger
+
+MAX_PASSES = 5  # the run itself, and again for what is missing or was in flight when a process died
+PROGRESS_S = 5.0
+BUDGET_FROM = 1_000  # images before the error budget is looked at during the run
+
+# Equal CPU demands would fuse reader and detector in one task; the writer asks for none or it starves.
+DETECTOR_CPUS = 0.1  # logical: detectors and readers share the cores, backpressure decides who runs
+READER_CPUS = 0.9
+RETRIES = 3  # Ray's default is for ever, and so is a poison image
+
+
+@dataclass(frozen=True, kw_only=True)
+class Pool:
+    """The detector actors."""
+
+    device: str
+    min_size: int
+    max_size: int
+    batch_size: int
+    threads: int
+
+
+def infer(config: InferConfig) -> Report:
+    """Detect objects in every image of `config.input` and write the two tables to `config.output`.
+
+    Resumes what an earlier run left unfinished. Returns the report that is also in `_run/report.json`.
+
+    Raises:
+        ConfigError: refused: see the message.
+        PipelineError: images are still missing after `MAX_PASSES`.
+    """
+    weights = checkpoint.read_weights(config.weights)
+    spec = checkpoint.read_spec(config.weights)
+    fingerprint = run_fingerprint(config, spec, hashlib.sha256(weights).hexdigest())
+    settings = read_settings(config, spec)
+    check_writable(config.output)
+    if config.overwrite:
+        with Lock(config.output):
+            clear(config.output)
+    check_output(config, fingerprint)
+    runtime.start_ray()
+    pool = choose_pool(config)
+    with Lock(config.output) as lock:
+        record = {"flags": flags(config), "fingerprint": fingerprint}
+        storage.write_atomic(
+            storage.join(config.output, "_run", "config.json"), json.dumps(record, indent=2).encode()
+        )
+        plan = make_plan(config, settings, digest(fingerprint))
+        save_shards(plan)
+        logger.info(
+            "%s: %s shards, %s of them finished before; %s on %s",
+            config.input, f"{len(plan.shards):,}", f"{plan.num_finished_shards:,}", spec.architecture, pool.device,
+        )  # fmt: skip
+        with monitoring(plan, config) as monitor:
+            try:
+                run_passes(plan, spec, weights, pool, config, lock, monitor)
+                over_budget = False
+            except BudgetError:
+                over_budget = True
+            progress: Progress = ray.get(monitor.progress.remote())
+        remove_late(config.output, plan.known, run_name(lock))
+        parts = compact(config.output, run_name(lock), superseded=plan.round > 0, lock=lock.ref)
+        return finish_report(config, plan, parts, progress, pool.max_size, stopped=over_budget)
+
+
+# ---- the chain ---------------------------------------------------------------------------------------
+
+
+def detect_shards(
+    tasks: list[list[Work]],
+    *,
+    settings: ReadSettings,
+    detector: type,
+    detector_args: Mapping[str, object],
+    pool: Pool,
+    monitor: ActorHandle | None,
+) -> Dataset:
+    """Read, decode and resize (tasks on CPUs), then detect (an actor pool)."""
+    return ray.data.read_datasource(
+        ShardSource(tasks, settings, monitor),
+        override_num_blocks=len(tasks),
+        num_cpus=READER_CPUS,
+        ray_remote_args={"max_retries": RETRIES},
+    ).map_batches(
+        detector,
+        fn_constructor_kwargs=dict(detector_args),
+        batch_size=None,  # a block as it is; the detector makes its own batches
+        batch_format="pyarrow",
+        zero_copy_batch=True,
+        compute=ActorPoolStrategy(min_size=pool.min_size, max_size=pool.max_size),
+        num_cpus=DETECTOR_CPUS,
+        num_gpus=1 if pool.device == "cuda" else 0,
+        max_restarts=RETRIES,
+        max_task_retries=RETRIES,
+    )
+
+
+def write_parts(detected: Dataset, target: Target, monitor: ActorHandle) -> None:
+    """Publish each detected block as one part."""
+    detected.write_datasink(
+        PartSink(target, monitor), ray_remote_args={"num_cpus": 0, "max_retries": RETRIES}
+    )
+
+
+class ShardSource(Datasource):
+    """Ray Data's view of the shards: a read task for each group of them."""
+
+    def __init__(self, tasks: list[list[Work]], settings: ReadSettings, monitor: ActorHandle | None) -> None:
+        super().__init__()
+        self._tasks = tasks
+        self._settings = settings
+        self._monitor = monitor
+
+    def get_name(self) -> str:
+        """The stage's name in Ray's plan and metrics."""
+        return "Shards"
+
+    def estimate_inmemory_data_size(self) -> int | None:
+        """Unknown: shards are not opened for planning."""
+        return None
+
+    def get_read_tasks(
+        self, parallelism: int, per_task_row_limit: int | None = None, data_context: Any = None
+    ) -> list[ReadTask]:
+        """One task a group, whatever `parallelism` Ray would like."""
+        unknown = BlockMetadata(num_rows=None, size_bytes=None, input_files=None, exec_stats=None)
+        return [
+            ReadTask(_reader(number, work, self._settings, self._monitor), unknown)
+            for number, work in enumerate(self._tasks)
+        ]
+
+
+def _reader(
+    number: int, work: list[Work], settings: ReadSettings, monitor: ActorHandle | None
+) -> Callable[[], Iterable[pa.Table]]:
+    def read() -> Iterator[pa.Table]:
+        if monitor is not None:
+            monitor.reading.remote(number)
+        yield from read_blocks(work, settings)
+        if monitor is not None:
+            monitor.read.remote(number)
+
+    return read
+
+
+class LoadedDetector(DetectImages):
+    """`DetectImages` with weights from the object store: no other node needs the file."""
+
+    def __init__(self, weights: ray.ObjectRef, **settings: Any) -> None:
+        super().__init__(ray.get(weights), **settings)
+
+
+# ---- passes ------------------------------------------------------------------------------------------
+
+
+def run_passes(
+    plan: Plan,
+    spec: ModelSpec,
+    weights: bytes,
+    pool: Pool,
+    config: InferConfig,
+    lock: Lock,
+    monitor: ActorHandle,
+) -> None:
+    """Run the chain until every image of the plan has its row.
+
+    A process that dies again and again (an image that kills its decoder) ends a pass; then the shards that
+    were in flight go image by image in child processes, where the killer becomes a failed row.
+    """
+    stored = ray.put(weights)
+    work, settings = plan.work, plan.settings
+    for number in range(MAX_PASSES):
+        if not work:
+            return
+        tasks = group_tasks(work)
+        runtime.configure_data(block_bytes=settings.images_per_block * settings.image_bytes)
+        detected = detect_shards(
+            tasks,
+            settings=settings,
+            detector=LoadedDetector,
+            detector_args={
+                "weights": stored,
+                "device": pool.device,
+                "score_threshold": config.score_threshold,
+                "batch_size": pool.batch_size,
+                "threads": pool.threads,
+            },
+            pool=pool,
+            monitor=monitor,
+        )
+        target = Target(
+            output=plan.output,
+            run=f"{run_name(lock)}.{number}",
+            metadata=part_metadata(
+                fingerprint=plan.fingerprint, model=spec.to_json(), run=run_name(lock), round=plan.round
+            ),
+            class_names=dict(zip(spec.label_ids, spec.class_names, strict=True)),
+            lock=lock.ref,
+        )
+        ray.get(monitor.begin.remote())
+        suspects: list[int] = []
+        try:
+            write_parts(detected, target, monitor)
+        except (
+            ray.exceptions.WorkerCrashedError,
+            ray.exceptions.ActorDiedError,
+            ray.exceptions.NodeDiedError,
+        ):
+            suspects = ray.get(monitor.unfinished.remote())
+            logger.warning("a worker died %d times; going on with its shards image by image", RETRIES + 1)
+        except ray.exceptions.RayTaskError as error:
+            if isinstance(error.cause, PipelineError):
+                raise error.cause from None
+            raise
+        missing = still_missing(plan, f"part-{run_name(lock)}.")
+        isolated = {item.shard.name for task in suspects for item in tasks[task]}
+        work = [item for item in missing if not isolated or item.shard.name in isolated]
+        settings = replace(plan.settings, isolated=bool(isolated))
+        if work and not isolated:
+            logger.warning("%d shards miss images; running them again", len(work))
+    if work:
+        raise PipelineError(
+            f"{len(work)} shards such as {work[0].shard.name} still miss images after {MAX_PASSES} passes; "
+            "run the same command again, and jobs/verify.py to see what is missing"
+        )
+
+
+def still_missing(plan: Plan, own: str) -> list[Work]:
+    """What of the plan has no row yet; parts of dead writers of other runs don't count."""
+    known = {part.name for part in plan.known}
+    parts = [part for part in read_parts(plan.output) if part.name in known or part.name.startswith(own)]
+    before = {part.name for part in plan.known} if plan.round else set()
+    ledger = read_ledger(plan.output, [part for part in parts if part.name not in before])
+    if ledger.num_rows > len(ledger.keys):
+        raise PipelineError(f"{ledger.num_rows - len(ledger.keys)} images were written twice; this is a bug")
+    return [item for work in plan.work if (item := _left(work, ledger, retried=bool(plan.round)))]
+
+
+def _left(work: Work, ledger: Ledger, *, retried: bool) -> Work | None:
+    """What of `work` is not in `ledger`.
+
+    A retry's ledger holds only the rows of the new round: the images that it skipped are done, too.
+    """
+    name = work.shard.name
+    if name not in ledger.codes:
+        return work
+    done = ledger.done(name)
+    if len(done) and done[0] == -1:
+        return None
+    wanted = int(ledger.sizes[ledger.codes[name]])
+    finished = frozenset(done.tolist()) | work.skip if retried else frozenset(done.tolist())
+    return None if len(finished) >= wanted else Work(work.shard, finished)
+
+
+def run_name(lock: Lock) -> str:
+    """The name of this run in its parts; runs of one output are numbered."""
+    return f"r{lock.number:04d}"
+
+
+# ---- pool, output, monitor ---------------------------------------------------------------------------
+
+
+def choose_pool(config: InferConfig) -> Pool:
+    """As many detectors as the cluster has GPUs, or CPU cores with one thread each.
+
+    Raises:
+        ConfigError: `--device cuda` on a cluster without GPUs.
+    """
+    gpus, cpus = int(runtime.cluster_resource("GPU")), int(runtime.cluster_resource("CPU"))
+    device = ("cuda" if gpus else "cpu") if config.device == "auto" else config.device
+    if device == "cuda" and not gpus:
+        raise ConfigError("--device cuda: the cluster has no GPU; use --device cpu, or check `ray status`")
+    most = config.max_detectors or max(config.min_detectors, gpus if device == "cuda" else cpus, 1)
+    return Pool(
+        device=device,
+        min_size=config.min_detectors or (1 if config.max_detectors else most),
+        max_size=most,
+        batch_size=config.batch_size,
+        threads=0 if device == "cuda" else max(1, cpus // most),
+    )
+
+
+def check_writable(output: str) -> None:
+    """Write and delete a probe. Raises: ConfigError; warns where exclusive creation isn't honoured."""
+    try:
+        if not storage.honours_exclusive(storage.join(output, "_run")):
+            logger.warning(
+                "this store ignores conditional writes, so locking is best effort: start one run at a time"
+            )
+    except (OSError, PipelineError) as error:
+        raise ConfigError(f"--output {output} can't be written: {error}") from error
+
+
+def clear(output: str) -> None:
+    """Delete what is in the output, except the lock. Raises: ConfigError where the files aren't ours."""
+    names = storage.list_names(output)
+    if names - {"_run", "images", "detections"} or (
+        names - {"_run"} and not storage.exists(storage.join(output, "_run", "config.json"))
+    ):
+        raise ConfigError(f"--overwrite: {output} holds files that no run wrote; delete them by hand")
+    for table in ("images", "detections"):
+        storage.delete_folder(storage.join(output, table))
+    run = storage.join(output, "_run")
+    storage.delete(
+        storage.join(run, name) for name in storage.list_names(run) if not name.startswith("lock-")
+    )
+
+
+@ray.remote(num_cpus=0)
+class Monitor:
+    """Adds up what tasks report, tells the error budget, and publishes live metrics."""
+
+    def __init__(self, progress: Progress, max_failed_fraction: float) -> None:
+        self._progress = progress
+        self._allowed = max_failed_fraction
+        self._unfinished: set[int] = set()
+        self._metrics = {
+            name: MetricCounter(f"shardshot_{name}_total", description=text)
+            for name, text in {
+                "images": "images with a row",
+                "failed": "failed images",
+                "detections": "boxes written",
+                "bytes": "bytes of encoded images",
+                "num_retries": "storage calls repeated",
+                "read_s": "seconds spent waiting for storage",
+                "decode_s": "seconds spent decoding and resizing",
+                "detect_s": "seconds spent in detectors",
+            }.items()
+        }
+        self._rate = MetricGauge("shardshot_images_per_second", description="steady speed of the run")
+
+    def add(self, counts: Counts) -> bool:
+        """Count one part; True when the error budget is spent."""
+        self._progress.add(counts)
+        for name, metric in self._metrics.items():
+            if value := getattr(counts, name):
+                metric.inc(value)
+        self._rate.set(self._progress.steady_rate)
+        return self._progress.counts.images >= BUDGET_FROM and self._progress.failed_fraction > self._allowed
+
+    def begin(self) -> None:
+        """A new pass: nothing is in flight."""
+        self._unfinished = set()
+
+    def reading(self, task: int) -> None:
+        """A reader began with its group of shards."""
+        self._unfinished.add(task)
+
+    def read(self, task: int) -> None:
+        """A reader came to the end of its group."""
+        self._unfinished.discard(task)
+
+    def unfinished(self) -> list[int]:
+        """Groups whose reader began and never came to the end."""
+        return sorted(self._unfinished)
+
+    def progress(self) -> Progress:
+        """Everything counted so far."""
+        return self._progress
+
+
+@contextmanager
+def monitoring(plan: Plan, config: InferConfig) -> Iterator[ActorHandle]:
+    """A monitor, and a thread that prints its progress line every few seconds."""
+    loose = sum(item.shard.kind == "image" for item in plan.work)
+    progress = Progress(
+        done_before=plan.num_finished_images,
+        done_of_packed=sum(len(item.skip) for item in plan.work),
+        num_loose=loose,
+        num_packed=len(plan.work) - loose,
+    )
+    monitor = Monitor.remote(progress, config.max_failed_fraction)
+    stop = threading.Event()
+
+    def report() -> None:
+        while not stop.wait(PROGRESS_S):
+            logger.info(ray.get(monitor.progress.remote()).line())
+
+    thread = threading.Thread(target=report, name="progress", daemon=True)
+    thread.start()
+    try:
+        yield monitor
+    finally:
+        stop.set()
+        thread.join()

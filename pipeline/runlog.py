@@ -1,0 +1,141 @@
+"""What a run says while it runs: counts, progress lines, and the clock of its stages."""
+
+import logging
+import os
+import sys
+import time
+from collections import Counter
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+logger = logging.getLogger("shardshot")
+
+
+def setup_logging() -> None:
+    """Lines with a clock on standard output, from the driver; safe to call twice."""
+    if not logger.handlers:
+        handler = logging.StreamHandler(sys.stdout)
+        handler.setFormatter(logging.Formatter("%(asctime)s  %(message)s", "%H:%M:%S"))
+        logger.addHandler(handler)
+        logger.setLevel(os.environ.get("SHARDSHOT_LOG", "INFO"))
+        logger.propagate = False
+
+
+@dataclass
+class Counts:
+    """What some parts hold, and the seconds that their images took in each stage."""
+
+    images: int = 0
+    failed: int = 0
+    detections: int = 0
+    bytes: int = 0
+    classes: Mapping[str, int] = field(default_factory=dict)
+    errors: Mapping[str, int] = field(default_factory=dict)
+    """Failed images by "stage: type"."""
+    shard_sizes: Mapping[str, int] = field(default_factory=dict)
+    """Images in each packed shard (.tar, .parquet) seen."""
+    num_retries: float = 0.0
+    """Storage calls that were repeated."""
+    read_s: float = 0.0
+    decode_s: float = 0.0
+    detect_s: float = 0.0
+
+    def __add__(self, other: "Counts") -> "Counts":
+        return Counts(
+            images=self.images + other.images,
+            failed=self.failed + other.failed,
+            detections=self.detections + other.detections,
+            bytes=self.bytes + other.bytes,
+            classes=Counter(self.classes) + Counter(other.classes),
+            errors=Counter(self.errors) + Counter(other.errors),
+            shard_sizes={**self.shard_sizes, **other.shard_sizes},
+            num_retries=self.num_retries + other.num_retries,
+            read_s=self.read_s + other.read_s,
+            decode_s=self.decode_s + other.decode_s,
+            detect_s=self.detect_s + other.detect_s,
+        )
+
+
+class Progress:
+    """Adds up counts and tells how far a run is.
+
+    The total is exact for loose images; for packed shards it is the mean of the shards seen so far.
+    """
+
+    def __init__(
+        self, *, done_before: int, num_loose: int, num_packed: int, now: float | None = None
+    ) -> None:
+        self.counts = Counts()
+        self._before = done_before
+        self._done_of_packed = done_of_packed  # images that this run skips inside shards that it opens
+        self._loose = num_loose
+        self._packed = num_packed
+        self._started = time.monotonic() if now is None else now
+        self._first: tuple[float, int] | None = None  # steady speed is measured from the first part on
+        self._last = self._started
+
+    def add(self, counts: Counts, now: float | None = None) -> None:
+        """Count one published part."""
+        self.counts += counts
+        self._last = time.monotonic() if now is None else now
+        if self._first is None:
+            self._first = (self._last, self.counts.images)
+
+    @property
+    def steady_rate(self) -> float:
+        """Images per second since the first part; 0 before the second."""
+        if self._first is None or self._last <= self._first[0]:
+            return 0.0
+        return (self.counts.images - self._first[1]) / (self._last - self._first[0])
+
+    @property
+    def seconds(self) -> float:
+        """From the start to the last part."""
+        return self._last - self._started
+
+    @property
+    def steady_seconds(self) -> float:
+        """From the first part to the last."""
+        return self._last - self._first[0] if self._first else 0.0
+
+    @property
+    def total(self) -> tuple[int, bool]:
+        """Images of this run, and whether that is exact."""
+        sizes = self.counts.shard_sizes
+        seen = len(sizes)
+        unseen = max(self._packed - seen, 0)
+        mean = sum(sizes.values()) / seen if seen else 0
+        guess = self._loose + sum(sizes.values()) + round(unseen * mean) - self._done_of_packed
+        return max(guess, self.counts.images), unseen == 0
+
+    @property
+    def failed_fraction(self) -> float:
+        """Failed images of all images of this run."""
+        return self.counts.failed / max(self.counts.images, 1)
+
+    def line(self, now: float | None = None) -> str:
+        """One readable line: done/total, images per second, failed, time to go."""
+        seconds = (time.monotonic() if now is None else now) - self._started
+        total, exact = self.total
+        rate = self.steady_rate or self.counts.images / max(seconds, 1e-9)
+        left_s = (total - self.counts.images) / rate if rate else 0
+        known = total > self.counts.images or exact
+        share = (
+            f"/{'' if exact else '~'}{total:,} ({100 * self.counts.images / total:.0f} %)"
+            if known and total
+            else ""
+        )
+        eta = f"   ETA {duration(left_s)}" if self.counts.images and known else ""
+        before = f"   (+{self._before:,} done before)" if self._before else ""
+        return (
+            f"{self.counts.images:,}{share} images   {rate:,.1f} images/s   "
+            f"{self.counts.failed:,} failed   {self.counts.detections:,} detections{eta}{before}"
+        )
+
+
+def duration(seconds: float) -> str:
+    """Seconds in the form that people read: 45 s, 12 min, 3 h 05 min."""
+    if seconds < 90:
+        return f"{seconds:.0f} s"
+    minutes = round(seconds / 60)
+    return f"{minutes} min" if minutes < 90 else f"{minutes // 60} h {minutes % 60:02d} min"
