@@ -16,7 +16,10 @@ from pipeline.config import InferConfig, run_job
 
 def main(config: InferConfig) -> int:
     """Run the job; returns the exit code."""
-    from pipeline.inference import demo, dry_run, infer, summary_text
+    from pipeline.inference import demo
+    from pipeline.inference.dryrun import dry_run
+    from pipeline.inference.report import summary_text
+    from pipeline.inference.run import infer
     from pipeline.runlog import setup_logging
 
     setup_logging()

@@ -63,7 +63,13 @@ class Progress:
     """
 
     def __init__(
-        self, *, done_before: int, num_loose: int, num_packed: int, now: float | None = None
+        self,
+        *,
+        done_before: int,
+        done_of_packed: int,
+        num_loose: int,
+        num_packed: int,
+        now: float | None = None,
     ) -> None:
         self.counts = Counts()
         self._before = done_before

@@ -1,7 +1,7 @@
 """What runs inside the tasks of the inference chain, without Ray: shards to image blocks to detections.
 
-A block is a `pa.Table` of a fixed number of images, with the same rows in the same order at every attempt: Ray
-resumes a retried reader by counting the blocks it had yielded, so anything else would lose rows silently.
+A block is a `pa.Table` of a fixed number of images, with the same rows in the same order at every attempt:
+Ray resumes a retried reader by counting the blocks it had yielded, so anything else would lose rows silently.
 A failed image is a row with a blank image.
 """
 

@@ -62,8 +62,9 @@ def _sample(config: InferConfig, weights: bytes, settings, work: list[Work]) -> 
     failed = block["status"].to_pylist().count("failed")
     boxes = sum(detected["num_detections"].to_pylist())
     read_ms, detect_ms = 1000 * read_s / len(block), 1000 * detect_s / len(block)
+    whole = duration(total * (read_ms + detect_ms) / 1000)
     return (
         f"sample    {len(block)} images of {len(sizes)} shards: {failed} failed, {boxes} detections; "
         f"{read_ms:.0f} ms an image to read, {detect_ms:.0f} ms to detect on this CPU\n"
-        f"estimate  about {total:,} images: {duration(total * (read_ms + detect_ms) / 1000)} on this machine alone"
+        f"estimate  about {total:,} images: {whole} on this machine alone"
     )

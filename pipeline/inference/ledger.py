@@ -11,7 +11,6 @@ from dataclasses import dataclass, field
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from pipeline import schema, storage
@@ -86,10 +85,12 @@ def read_ledger(output: str, parts: Sequence[Part]) -> Ledger:
             index = batch["shard_index"].to_numpy().astype(np.int64) + 1
             key = (codes << _KEY_BITS) | index
             keys.append(key)
-            is_failed = pc.equal(batch["status"].cast(pa.string()), "failed").to_numpy(zero_copy_only=False)
-            failed.append(key[is_failed])
-            last = np.unique(codes, return_index=True)
-            sizes.update(zip(last[0].tolist(), batch["shard_size"].to_numpy()[last[1]].tolist(), strict=True))
+            statuses = batch["status"].dictionary.to_pylist()
+            if "failed" in statuses:
+                failed.append(key[batch["status"].indices.to_numpy() == statuses.index("failed")])
+            size_of = np.zeros(len(names), np.int64)
+            size_of[batch["shard"].indices.to_numpy()] = batch["shard_size"].to_numpy()
+            sizes.update(zip(code_of.tolist(), size_of.tolist(), strict=True))
     ledger.sizes = np.zeros(len(ledger.codes), np.int64)
     for code, size in sizes.items():
         ledger.sizes[code] = size
@@ -113,7 +114,7 @@ def _sorted_unique(arrays: list[np.ndarray]) -> tuple[np.ndarray, int]:
 def _columns(output: str, parts: Iterable[Part], columns: list[str]) -> Iterator[pa.Table]:
     filesystem, root = storage.arrow_filesystem(output)
     for part in parts:
-        file = pq.ParquetFile(f"{root}/images/{part.name}", filesystem=filesystem, read_dictionary=columns)
+        file = pq.ParquetFile(f"{root}/images/{part.name}", filesystem=filesystem)
         for group in range(file.num_row_groups):
             yield file.read_row_group(group, columns=columns, use_threads=False)
 
@@ -256,12 +257,9 @@ def _merge(output: str, group: Sequence[Part], name: str, newest: dict[str, int]
         images.append(image_rows)
         boxes.append(box_rows)
     image_table, box_table = pa.concat_tables(images), pa.concat_tables(boxes)
-    order = pc.sort_indices(
-        image_table.select(["shard", "shard_index"]).set_column(
-            0, "shard", image_table["shard"].cast(pa.string())
-        ),
-        sort_keys=[("shard", "ascending"), ("shard_index", "ascending")],
-    ).to_numpy()
+    shards = image_table["shard"].combine_chunks()
+    rank = np.argsort(np.argsort(shards.dictionary.to_pylist()))  # of each shard by its name
+    order = np.lexsort((image_table["shard_index"].to_numpy(), rank[shards.indices.to_numpy()]))
     image_table, box_table = _select(image_table, box_table, order)
     last = max(group, key=lambda part: part.round)
     commit(

@@ -83,7 +83,7 @@ def finish_report(
         detectors_busy=round(min(busy, 1.0), 3),
         num_retries=int(counts.num_retries),
         errors=dict(counts.errors),
-        classes={row.class_name: int(row.num_detections) for row in summary.classes.itertuples()},
+        classes=dict(zip(summary.classes.class_name, map(int, summary.classes.num_detections), strict=True)),
         limited_by=limited_by(progress, busy),
         num_parts=len(parts),
         over_budget=stopped or failed_fraction > config.max_failed_fraction,
@@ -106,8 +106,8 @@ def limited_by(progress: Progress, busy: float) -> str:
         return f"The detectors were busy {100 * min(busy, 1):.0f} % of the time: more of them make it faster."
     if counts.read_s > counts.decode_s:
         return (
-            f"The detectors were busy only {100 * busy:.0f} %, and reading took {counts.read_s:.0f} s against "
-            f"{counts.decode_s:.0f} s of decoding: the store or the network limits."
+            f"The detectors were busy only {100 * busy:.0f} %, and reading took {counts.read_s:.0f} s "
+            f"against {counts.decode_s:.0f} s of decoding: the store or the network limits."
         )
     return f"Detectors were busy only {100 * busy:.0f} %: decoding limits, more CPU cores make it faster."
 
@@ -123,7 +123,8 @@ def summary_text(report: Report) -> str:
     if report.num_images_this_run:
         lines.append(
             f"this run: {report.num_images_this_run:,} images in {duration(report.seconds)}, "
-            f"{report.images_per_second:,.1f} images/s ({report.steady_images_per_second:,.1f} after start-up)"
+            f"{report.images_per_second:,.1f} images/s "
+            f"({report.steady_images_per_second:,.1f} after start-up)"
         )
     for error, number in report.errors.items():
         lines.append(f"  failed  {error:<30} {number:>8,}")

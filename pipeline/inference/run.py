@@ -11,7 +11,6 @@ from typing import Any
 import pyarrow as pa
 import ray
 import ray.exceptions
-from ray.actor import ActorHandle
 from ray.data import ActorPoolStrategy, Dataset, Datasource, ReadTask
 from ray.data.block import BlockMetadata
 from ray.util.metrics import Counter as MetricCounter
@@ -90,8 +89,12 @@ def infer(config: InferConfig) -> Report:
         save_shards(plan)
         logger.info(
             "%s: %s shards, %s of them finished before; %s on %s",
-            config.input, f"{len(plan.shards):,}", f"{plan.num_finished_shards:,}", spec.architecture, pool.device,
-        )  # fmt: skip
+            config.input,
+            f"{len(plan.shards):,}",
+            f"{plan.num_finished_shards:,}",
+            spec.architecture,
+            pool.device,
+        )
         with monitoring(plan, config) as monitor:
             try:
                 run_passes(plan, spec, weights, pool, config, lock, monitor)
@@ -114,7 +117,7 @@ def detect_shards(
     detector: type,
     detector_args: Mapping[str, object],
     pool: Pool,
-    monitor: ActorHandle | None,
+    monitor: Any,
 ) -> Dataset:
     """Read, decode and resize (tasks on CPUs), then detect (an actor pool)."""
     return ray.data.read_datasource(
@@ -136,7 +139,7 @@ def detect_shards(
     )
 
 
-def write_parts(detected: Dataset, target: Target, monitor: ActorHandle) -> None:
+def write_parts(detected: Dataset, target: Target, monitor: Any) -> None:
     """Publish each detected block as one part."""
     detected.write_datasink(
         PartSink(target, monitor), ray_remote_args={"num_cpus": 0, "max_retries": RETRIES}
@@ -146,7 +149,7 @@ def write_parts(detected: Dataset, target: Target, monitor: ActorHandle) -> None
 class ShardSource(Datasource):
     """Ray Data's view of the shards: a read task for each group of them."""
 
-    def __init__(self, tasks: list[list[Work]], settings: ReadSettings, monitor: ActorHandle | None) -> None:
+    def __init__(self, tasks: list[list[Work]], settings: ReadSettings, monitor: Any) -> None:
         super().__init__()
         self._tasks = tasks
         self._settings = settings
@@ -172,7 +175,7 @@ class ShardSource(Datasource):
 
 
 def _reader(
-    number: int, work: list[Work], settings: ReadSettings, monitor: ActorHandle | None
+    number: int, work: list[Work], settings: ReadSettings, monitor: Any
 ) -> Callable[[], Iterable[pa.Table]]:
     def read() -> Iterator[pa.Table]:
         if monitor is not None:
@@ -201,7 +204,7 @@ def run_passes(
     pool: Pool,
     config: InferConfig,
     lock: Lock,
-    monitor: ActorHandle,
+    monitor: Any,
 ) -> None:
     """Run the chain until every image of the plan has its row.
 
@@ -401,7 +404,7 @@ class Monitor:
 
 
 @contextmanager
-def monitoring(plan: Plan, config: InferConfig) -> Iterator[ActorHandle]:
+def monitoring(plan: Plan, config: InferConfig) -> Iterator[Any]:
     """A monitor, and a thread that prints its progress line every few seconds."""
     loose = sum(item.shard.kind == "image" for item in plan.work)
     progress = Progress(

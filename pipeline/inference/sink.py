@@ -1,15 +1,17 @@
 """The last stage of the chain: one task publishes one part of the two tables."""
 
+from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass
+from typing import Any
 
 import pyarrow as pa
-import pyarrow.compute as pc
-from ray.actor import ActorHandle
+import ray
 from ray.data import Datasink
 from ray.data._internal.execution.interfaces import TaskContext
 from ray.data.block import Block
 
+from pipeline.errors import BudgetError
 from pipeline.inference.blocks import STATS, to_tables
 from pipeline.inference.ledger import commit
 from pipeline.inference.lock import LockRef
@@ -34,9 +36,9 @@ class PartSink(Datasink[Counts]):
     attempt that publishes counts, another one stops.
     """
 
-    def __init__(self, target: Target, monitor: ActorHandle) -> None:
+    def __init__(self, target: Target, monitor: Any) -> None:
         self._target = target
-        self._monitor = monitor
+        self._monitor = monitor  # handle of the run's Monitor actor
 
     def write(self, blocks: Iterable[Block], ctx: TaskContext) -> Counts:
         """Publish one part and return what it holds."""
@@ -48,8 +50,8 @@ class PartSink(Datasink[Counts]):
         name = f"part-{self._target.run}-{ctx.task_idx:06d}.parquet"
         commit(self._target.output, name, images, boxes, self._target.metadata, lock=self._target.lock)
         counts = count(block, boxes)
-        if self._report is not None:
-            self._report.add.remote(counts)
+        if ray.get(self._monitor.add.remote(counts)):
+            raise BudgetError("too many images failed")
         return counts
 
     def get_name(self) -> str:
@@ -59,9 +61,8 @@ class PartSink(Datasink[Counts]):
 
 def count(block: pa.Table, boxes: pa.Table) -> Counts:
     """What a part holds, for progress and the report."""
-    failed = block.filter(pc.equal(block["status"].cast(pa.string()), "failed"))
-    errors = failed.group_by(["error_stage", "error_type"]).aggregate([("image_id", "count")]).to_pylist()
-    classes = boxes["class_name"].cast(pa.string()).value_counts().to_pylist()
+    stages = zip(block["error_stage"].to_pylist(), block["error_type"].to_pylist(), strict=True)
+    errors = Counter(f"{stage}: {kind}" for stage, kind in stages if stage)
     sizes = {
         row["shard"]: row["shard_size"]
         for row in block.select(["shard", "shard_size", "image_id"]).to_pylist()
@@ -69,11 +70,11 @@ def count(block: pa.Table, boxes: pa.Table) -> Counts:
     }
     return Counts(
         images=len(block),
-        failed=len(failed),
+        failed=errors.total(),
         detections=len(boxes),
-        bytes=pc.sum(block["num_bytes"]).as_py(),
-        classes={row["values"]: row["counts"] for row in classes},
-        errors={f"{row['error_stage']}: {row['error_type']}": row["image_id_count"] for row in errors},
+        bytes=int(block["num_bytes"].to_numpy().sum()),
+        classes=Counter(boxes["class_name"].to_pylist()),
+        errors=errors,
         shard_sizes=sizes,
-        **{name: pc.sum(block[name]).as_py() for name in STATS},
+        **{name: float(block[name].to_numpy().sum()) for name in STATS},
     )

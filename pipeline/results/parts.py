@@ -32,6 +32,7 @@ class Part:
     fingerprint: str
     model: str  # JSON
     num_images: int
+    num_detections: int
 
 
 def read_parts(output: str, names: Iterable[str] | None = None) -> list[Part]:
@@ -77,4 +78,5 @@ def describe(uri: str, name: str, metadata: Mapping[bytes, bytes], num_images: i
         fingerprint=metadata[schema.META_FINGERPRINT].decode(),
         model=metadata.get(schema.META_MODEL, b"{}").decode(),
         num_images=num_images,
+        num_detections=int(metadata.get(schema.META_NUM_DETECTIONS, b"0")),
     )
