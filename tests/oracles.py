@@ -7,6 +7,8 @@ import math
 import random
 from collections.abc import Sequence
 
+import numpy as np
+
 Box = Sequence[float]
 
 
@@ -97,3 +99,24 @@ def _random_patch(rng: random.Random) -> Box:
     width, height = scale * math.sqrt(aspect), scale / math.sqrt(aspect)
     left, top = rng.uniform(0, max(0.0, 1 - width)), rng.uniform(0, max(0.0, 1 - height))
     return left, top, left + width, top + height
+
+
+def resize_tf_legacy(pixels_HW3: np.ndarray, height: int, width: int) -> np.ndarray:
+    """TensorFlow 1's bilinear rule, value by value in float32: float32 [height, width, 3], not rounded."""
+
+    def taps(o: int, size: int, n: int) -> tuple[int, int, np.float32]:
+        s = np.float32(o) * np.float32(n / size)
+        i0 = int(np.floor(s))
+        return i0, min(i0 + 1, n - 1), np.float32(s - np.float32(i0))
+
+    one = np.float32(1)
+    out = np.zeros((height, width, 3), np.float32)
+    for y in range(height):
+        y0, y1, fy = taps(y, height, pixels_HW3.shape[0])
+        for x in range(width):
+            x0, x1, fx = taps(x, width, pixels_HW3.shape[1])
+            for c in range(3):
+                top = pixels_HW3[y0, x0, c] * (one - fx) + pixels_HW3[y0, x1, c] * fx
+                bottom = pixels_HW3[y1, x0, c] * (one - fx) + pixels_HW3[y1, x1, c] * fx
+                out[y, x, c] = top * (one - fy) + bottom * fy
+    return out
