@@ -44,8 +44,8 @@ class InferConfig:
     """Where the images are: a folder of .tar or .parquet shards or of image files, one such file, or a .txt/.parquet list of URIs. Local path or any fsspec URL (s3://, gs://, ...). Without it the built-in demo runs."""  # noqa: E501
     output: str = ""
     """Folder for the two tables: detections/ and images/. An unfinished run in it is resumed."""
-    weights: str = ""
-    """A bundled name, torchvision:<name>, or a path or URI of a checkpoint. Default: the bundled one (COCO)."""
+    weights: str = "coco_ssdlite300_mobilenet_v2"
+    """A bundled name, torchvision:<name>, or path or URI of a checkpoint or of a public release's file."""
     score_threshold: float = 0.05
     """Detections below this score are not written."""
     batch_size: int = 32

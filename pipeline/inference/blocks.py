@@ -5,6 +5,7 @@ Ray resumes a retried reader by counting the blocks it had yielded, so anything 
 A failed image is a row with a blank image.
 """
 
+import tempfile
 import time
 from collections import deque
 from collections.abc import Iterator, Sequence
@@ -21,7 +22,9 @@ from pipeline.data.shards import RawImage, Shard, read_shard
 from pipeline.errors import ImageError, ShardError, StorageError
 
 if TYPE_CHECKING:
-    from pipeline.model.detector import NumpyDetections
+    from pipeline.model.postprocess import Detections
+
+    Found = Detections[np.ndarray]
 
 SHARDS_AHEAD = 1  # opened while the current one is decoded: hides the store's latency
 IMAGES_AHEAD = 32  # the same for loose image files, a request each
@@ -196,16 +199,19 @@ class DetectImages:
     """
 
     def __init__(
-        self, weights: str, device: str, score_threshold: float, batch_size: int, threads: int
+        self, weights: bytes, device: str, score_threshold: float, batch_size: int, threads: int
     ) -> None:
-        import torch  # the driver may have none
+        import torch  # seconds to import, and readers of PNG files don't need it
 
         from pipeline.model.detector import Detector
 
         if threads:
             torch.set_num_threads(threads)
         self.batch_size = batch_size
-        self.detector: Detector = Detector(weights, device=device, score_threshold=score_threshold)
+        with tempfile.NamedTemporaryFile(suffix=".weights") as file:
+            file.write(weights)
+            file.flush()
+            self.detector = Detector(file.name, device=device, score_threshold=score_threshold)
 
     def __call__(self, block: pa.Table) -> pa.Table:
         """Detect in the good images of `block`, `batch_size` at a time."""
@@ -223,22 +229,19 @@ class DetectImages:
         return _with_detections(block, found, seconds, good)
 
 
-def _without_empty_boxes(found: "NumpyDetections", rows: np.ndarray) -> "NumpyDetections":
+def _without_empty_boxes(found: "Found", rows: np.ndarray) -> "Found":
     """Drop boxes without area (after clipping to the image) and count images by their row in the block."""
-    boxes = found.boxes
-    keep = (boxes[:, 2] > boxes[:, 0]) & (boxes[:, 3] > boxes[:, 1])
+    keep = found.has_area
     return replace(
         found,
         image_index=rows[found.image_index[keep]],
-        boxes=boxes[keep],
+        boxes=found.boxes[keep],
         scores=found.scores[keep],
         labels=found.labels[keep],
     )
 
 
-def _with_detections(
-    block: pa.Table, found: list["NumpyDetections"], seconds: float, good: np.ndarray
-) -> pa.Table:
+def _with_detections(block: pa.Table, found: list["Found"], seconds: float, good: np.ndarray) -> pa.Table:
     index = np.concatenate([batch.image_index for batch in found] or [np.zeros(0, np.int64)])
     counts = np.bincount(index, minlength=len(block)).astype(np.int32)
     offsets = pa.array(np.concatenate([[0], np.cumsum(counts)]).astype(np.int32))

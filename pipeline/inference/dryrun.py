@@ -1,6 +1,5 @@
 """`--dry-run`: open one shard, load the model, check the output, and say what a run would do."""
 
-import hashlib
 import time
 
 import numpy as np
@@ -9,7 +8,14 @@ from pipeline.config import InferConfig
 from pipeline.data.shards import list_shards
 from pipeline.inference.blocks import DetectImages, Work, read_blocks
 from pipeline.inference.ledger import read_ledger
-from pipeline.inference.plan import check_output, group_tasks, plan_work, read_settings, run_fingerprint
+from pipeline.inference.plan import (
+    check_output,
+    group_tasks,
+    plan_work,
+    portable_weights,
+    read_settings,
+    run_fingerprint,
+)
 from pipeline.inference.run import check_writable
 from pipeline.model import checkpoint
 from pipeline.results.parts import read_parts
@@ -24,10 +30,10 @@ def dry_run(config: InferConfig) -> str:
     Raises:
         ConfigError: what a run would refuse.
     """
-    weights = checkpoint.read_weights(config.weights)
+    weights = portable_weights(config.weights)
     spec = checkpoint.read_spec(config.weights)
     settings = read_settings(config, spec)
-    fingerprint = run_fingerprint(config, spec, hashlib.sha256(weights).hexdigest())
+    fingerprint = run_fingerprint(config, spec, checkpoint.weights_sha256(config.weights))
     check_writable(config.output)
     if not config.overwrite:
         check_output(config, fingerprint)

@@ -6,8 +6,10 @@ Everything that can be refused is refused here, before a detector is loaded.
 import hashlib
 import io
 import json
+import tempfile
 from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -18,6 +20,7 @@ from pipeline.data.shards import Shard, list_shards
 from pipeline.errors import ConfigError
 from pipeline.inference.blocks import ReadSettings, Work
 from pipeline.inference.ledger import Ledger, read_ledger, sweep
+from pipeline.model import checkpoint
 from pipeline.model.spec import ModelSpec
 from pipeline.results.parts import Part
 
@@ -65,6 +68,19 @@ class Plan:
     def num_finished_images(self) -> int:
         """Images that already have their row."""
         return len(self.ledger.keys)
+
+
+def portable_weights(source: str) -> bytes:
+    """The weights as bytes that a detector on any node can load.
+
+    Raises:
+        CheckpointError: no such weights.
+    """
+    if not source.startswith("torchvision:"):
+        return checkpoint.read_weights(source)
+    with tempfile.NamedTemporaryFile(suffix=".safetensors") as file:
+        checkpoint.save_checkpoint(checkpoint.load_checkpoint(source), file.name)
+        return Path(file.name).read_bytes()
 
 
 def read_settings(config: InferConfig, spec: ModelSpec) -> ReadSettings:

@@ -1,6 +1,5 @@
 """The inference run: plan, the chain read -> detect -> write, finish check, compaction, report."""
 
-import hashlib
 import json
 import threading
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -28,6 +27,7 @@ from pipeline.inference.plan import (
     digest,
     group_tasks,
     make_plan,
+    portable_weights,
     read_settings,
     run_fingerprint,
     save_shards,
@@ -69,9 +69,9 @@ def infer(config: InferConfig) -> Report:
         ConfigError: refused: see the message.
         PipelineError: images are still missing after `MAX_PASSES`.
     """
-    weights = checkpoint.read_weights(config.weights)
+    weights = portable_weights(config.weights)
     spec = checkpoint.read_spec(config.weights)
-    fingerprint = run_fingerprint(config, spec, hashlib.sha256(weights).hexdigest())
+    fingerprint = run_fingerprint(config, spec, checkpoint.weights_sha256(config.weights))
     settings = read_settings(config, spec)
     check_writable(config.output)
     if config.overwrite:
@@ -418,7 +418,8 @@ def monitoring(plan: Plan, config: InferConfig) -> Iterator[Any]:
 
     def report() -> None:
         while not stop.wait(PROGRESS_S):
-            logger.info(ray.get(monitor.progress.remote()).line())
+            progress: Progress = ray.get(monitor.progress.remote())
+            logger.info(progress.line())
 
     thread = threading.Thread(target=report, name="progress", daemon=True)
     thread.start()

@@ -11,6 +11,7 @@ import numpy as np
 import pandas as pd
 import pyarrow as pa
 import pyarrow.parquet as pq
+from pandas.util import hash_array
 
 from pipeline import schema, storage
 from pipeline.data.shards import Shard, list_shards
@@ -136,7 +137,7 @@ def _check_part(output: str, part: Part) -> tuple[np.ndarray, int, list[str]]:
         problems.append(f"images/{part.name}: other columns than schema version {schema.VERSION}")
     rows = images.read(columns=["image_id", "num_detections"])
     ids, counts = rows["image_id"].to_pandas(), rows["num_detections"].to_numpy()
-    hashes = pd.util.hash_array(ids.to_numpy(object))
+    hashes = hash_array(ids.to_numpy(object))
     try:
         boxes = pq.ParquetFile(f"{root}/detections/{part.detections}", filesystem=filesystem)
     except FileNotFoundError:
@@ -145,10 +146,11 @@ def _check_part(output: str, part: Part) -> tuple[np.ndarray, int, list[str]]:
         problems.append(f"detections/{part.detections}: other columns than schema version {schema.VERSION}")
     of_image = boxes.read(columns=["image_id"])["image_id"].cast(pa.string()).to_pandas().value_counts()
     wanted = pd.Series(counts, ids)
-    difference = wanted[wanted > 0].sub(of_image, fill_value=0)
-    if len(wrong := difference[difference != 0]):
+    difference = pd.concat([wanted[wanted > 0], -of_image]).groupby(level=0).sum()
+    wrong = difference.index[difference != 0].tolist()
+    if wrong:
         problems.append(
-            f"{part.name}: num_detections differs from the rows in {part.detections}, {_such_as(wrong.index.tolist())}"
+            f"{part.name}: num_detections differs from the rows in {part.detections}, {_such_as(wrong)}"
         )
     return hashes, int(of_image.sum()), problems
 
