@@ -4,14 +4,13 @@ Reads the parts one by one; memory is 24 bytes an image.
 """
 
 import io
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
-import pandas as pd
 import pyarrow as pa
 import pyarrow.parquet as pq
-from pandas.util import hash_array
 
 from pipeline import schema, storage
 from pipeline.data.shards import Shard, list_shards
@@ -136,23 +135,23 @@ def _check_part(output: str, part: Part) -> tuple[np.ndarray, int, list[str]]:
     if not images.schema_arrow.equals(schema.IMAGES):
         problems.append(f"images/{part.name}: other columns than schema version {schema.VERSION}")
     rows = images.read(columns=["image_id", "num_detections"])
-    ids, counts = rows["image_id"].to_pandas(), rows["num_detections"].to_numpy()
-    hashes = hash_array(ids.to_numpy(object))
+    ids, counts = np.asarray(rows["image_id"].to_pylist(), object), rows["num_detections"].to_numpy()
+    hashes = np.fromiter(map(hash, ids), np.int64, len(ids))
     try:
         boxes = pq.ParquetFile(f"{root}/detections/{part.detections}", filesystem=filesystem)
     except FileNotFoundError:
         return hashes, 0, problems  # reported with the orphans
     if not boxes.schema_arrow.equals(schema.DETECTIONS):
         problems.append(f"detections/{part.detections}: other columns than schema version {schema.VERSION}")
-    of_image = boxes.read(columns=["image_id"])["image_id"].cast(pa.string()).to_pandas().value_counts()
-    wanted = pd.Series(counts, ids)
-    difference = pd.concat([wanted[wanted > 0], -of_image]).groupby(level=0).sum()
-    wrong = difference.index[difference != 0].tolist()
-    if wrong:
+    of_image = Counter(boxes.read(columns=["image_id"])["image_id"].cast(pa.string()).to_pylist())
+    said = Counter(
+        {image: count for image, count in zip(ids.tolist(), counts.tolist(), strict=True) if count}
+    )
+    if wrong := sorted(image for image in said | of_image if said[image] != of_image[image]):
         problems.append(
             f"{part.name}: num_detections differs from the rows in {part.detections}, {_such_as(wrong)}"
         )
-    return hashes, int(of_image.sum()), problems
+    return hashes, of_image.total(), problems
 
 
 def _repeated(hashes: list[np.ndarray]) -> Iterator[str]:
