@@ -1,0 +1,189 @@
+"""Storage: the same behaviour on a local disk and on S3, clear errors, retries that are counted."""
+
+import errno
+import threading
+
+import pytest
+from s3fs import S3FileSystem
+
+from pipeline import storage
+from pipeline.errors import StorageError
+from tests import servers
+
+
+@pytest.fixture(scope="module")
+def s3():
+    with servers.moto() as environment:
+        yield environment
+
+
+@pytest.fixture(autouse=True)
+def fresh_clients():
+    """s3fs keeps one client per set of arguments; here the environment changes between tests."""
+    S3FileSystem.clear_instance_cache()
+
+
+@pytest.fixture(params=["local", "s3"])
+def folder(request, tmp_path, monkeypatch, s3):
+    if request.param == "local":
+        return str(tmp_path / "folder")
+    for name, value in s3.items():
+        monkeypatch.setenv(name, value)
+    bucket = f"bucket-{abs(hash(request.node.name)):x}"
+    fs, _ = storage.split(f"s3://{bucket}")
+    fs.mkdir(bucket)
+    return f"s3://{bucket}/folder"
+
+
+def test_what_is_written_is_read_and_listed(folder):
+    storage.write_atomic(f"{folder}/a/x.bin", b"one")
+    storage.write_atomic(f"{folder}/b.bin", b"")
+    storage.write_atomic(f"{folder}/a/x.bin", b"three")
+    assert storage.read_bytes(f"{folder}/a/x.bin") == b"three"
+    files = storage.list_files(folder)
+    assert [(file.uri, file.size) for file in files] == [(f"{folder}/a/x.bin", 5), (f"{folder}/b.bin", 0)]
+    assert all(file.etag for file in files)
+    assert storage.list_names(folder) == {"a", "b.bin"}
+    with storage.open_input(f"{folder}/a/x.bin") as file:
+        file.seek(2)
+        assert file.read() == b"ree"
+
+
+def test_an_etag_changes_with_the_content(folder):
+    storage.write_atomic(f"{folder}/x", b"one")
+    before = storage.file_info(f"{folder}/x")
+    storage.write_atomic(f"{folder}/x", b"two")
+    assert before is not None
+    assert storage.file_info(f"{folder}/x") != before
+
+
+def test_a_file_is_created_only_if_absent(folder):
+    assert storage.create_exclusive(f"{folder}/x", b"first")
+    assert not storage.create_exclusive(f"{folder}/x", b"second")
+    assert storage.read_bytes(f"{folder}/x") == b"first"
+    assert storage.honours_exclusive(folder)
+    assert storage.list_names(folder) == {"x"}
+
+
+def test_of_racing_creators_exactly_one_wins(folder):
+    start = threading.Barrier(16)
+    won = []
+
+    def create(number):
+        start.wait()
+        if storage.create_exclusive(f"{folder}/x", str(number).encode()):
+            won.append(number)
+
+    threads = [threading.Thread(target=create, args=(n,)) for n in range(16)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert len(won) == 1
+    assert storage.read_bytes(f"{folder}/x") == str(won[0]).encode()
+
+
+def test_deleting_what_is_gone_is_fine(folder):
+    storage.write_atomic(f"{folder}/x", b"1")
+    storage.delete([f"{folder}/gone", f"{folder}/x", f"{folder}/gone too"])
+    assert storage.list_files(folder) == []
+    storage.delete([])
+    storage.delete_folder(folder)
+
+
+def test_what_is_absent_is_absent(folder):
+    assert not storage.exists(f"{folder}/nothing")
+    assert storage.file_info(f"{folder}/nothing") is None
+    assert storage.list_files(f"{folder}/nothing") == []
+    assert storage.list_names(f"{folder}/nothing") == set()
+    with pytest.raises(StorageError, match="nothing: no such file"):
+        storage.read_bytes(f"{folder}/nothing")
+
+
+def test_a_missing_bucket_is_named(monkeypatch, s3):
+    for name, value in s3.items():
+        monkeypatch.setenv(name, value)
+    with pytest.raises(StorageError, match="no-such-bucket"):
+        storage.write_atomic("s3://no-such-bucket/x", b"")
+
+
+def test_an_unknown_protocol_is_named():
+    with pytest.raises(StorageError, match="nosuch://"):
+        storage.list_files("nosuch://bucket/x")
+
+
+def test_wrong_credentials_say_what_to_check_and_never_the_secret(tmp_path, monkeypatch):
+    (tmp_path / "bucket").mkdir()
+    with servers.rclone(tmp_path) as environment:
+        for name, value in {**environment, "AWS_SECRET_ACCESS_KEY": "a-wrong-secret"}.items():
+            monkeypatch.setenv(name, value)
+        with pytest.raises(StorageError, match="check the credentials") as error:
+            storage.list_files("s3://bucket/x")
+        assert "a-wrong-secret" not in str(error.value)
+
+
+class Flaky:
+    """A call that fails in given ways before it works."""
+
+    def __init__(self, *errors):
+        self.errors = list(errors)
+
+    def __call__(self):
+        if self.errors:
+            raise self.errors.pop(0)
+        return "answer"
+
+
+@pytest.fixture
+def quick(monkeypatch):
+    monkeypatch.setattr(storage, "FIRST_PAUSE_S", 0.0)
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        ConnectionResetError("reset"),
+        TimeoutError("slow"),
+        OSError(errno.EBUSY, "Please reduce your request rate"),  # how s3fs says SlowDown
+        storage.TruncatedError("cut"),
+        type("IncompleteRead", (Exception,), {})("cut"),
+        type("HttpError", (Exception,), {"code": 503})("gcsfs"),
+        type("ClientError", (Exception,), {"response": {"Error": {"Code": "SlowDown"}}})("botocore"),
+    ],
+    ids=lambda error: type(error).__name__,
+)
+def test_transient_errors_are_tried_again_and_counted(error, quick):
+    before = storage.num_retries()
+    assert storage._retry("reading x", Flaky(error, error)) == "answer"
+    assert storage.num_retries() == before + 2
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        FileNotFoundError("gone"),
+        PermissionError("denied"),
+        ValueError("a bug"),
+        type("ClientError", (Exception,), {"response": {"Error": {"Code": "NoSuchKey"}}})("botocore"),
+    ],
+    ids=lambda error: type(error).__name__,
+)
+def test_other_errors_are_final(error, quick):
+    before = storage.num_retries()
+    with pytest.raises(StorageError, match="reading x"):
+        storage._retry("reading x", Flaky(error))
+    assert storage.num_retries() == before
+
+
+def test_retries_end(quick):
+    with pytest.raises(StorageError, match="reading x: ConnectionResetError"):
+        storage._retry("reading x", Flaky(*[ConnectionResetError("reset")] * 100))
+
+
+def test_a_body_shorter_than_announced_is_read_again(tmp_path, quick, monkeypatch):
+    path = tmp_path / "x"
+    path.write_bytes(b"12345678")
+    fs, _ = storage.split(str(path))
+    bodies = iter([b"1234", b"12345678"])
+    monkeypatch.setattr(type(fs), "cat_file", lambda self, p: next(bodies))
+    assert storage.read_bytes(str(path), size=8) == b"12345678"
