@@ -40,29 +40,20 @@ def match(ious: Sequence[Sequence[float]], num_priors: int, *, threshold: float 
     overlaps; then each other prior takes its best ground truth at the threshold or above. Equal IoUs: the
     first prior, then the first ground truth.
     """
-    matched = [-1] * num_priors
-    waiting = set(range(len(ious)))
-    while waiting:
-        best, best_pair = 1e-6, None
-        for prior in range(num_priors):
-            if matched[prior] >= 0:
-                continue
-            for ground_truth in sorted(waiting):
-                if ious[ground_truth][prior] > best:
-                    best, best_pair = ious[ground_truth][prior], (ground_truth, prior)
-        if best_pair is None:
-            break
-        matched[best_pair[1]] = best_pair[0]
-        waiting.remove(best_pair[0])
-    for prior in range(num_priors):
-        if matched[prior] >= 0:
-            continue
-        best = threshold
-        for ground_truth in range(len(ious)):
-            overlap = ious[ground_truth][prior]
-            if overlap > best or (overlap == best and matched[prior] < 0):
-                best, matched[prior] = overlap, ground_truth
-    return matched
+    pairs = sorted(
+        (-overlap, prior, ground_truth)
+        for ground_truth, row in enumerate(ious)
+        for prior, overlap in enumerate(row)
+        if overlap > 1e-6
+    )
+    matched: dict[int, int] = {}
+    for _, prior, ground_truth in pairs:
+        if prior not in matched and ground_truth not in matched.values():
+            matched[prior] = ground_truth
+    for negative_overlap, prior, ground_truth in pairs:
+        if prior not in matched and -negative_overlap >= threshold:
+            matched[prior] = ground_truth
+    return [matched.get(prior, -1) for prior in range(num_priors)]
 
 
 def mine(background_losses: Sequence[float], matched: Sequence[int], *, ratio: int = 3) -> set[int]:
@@ -71,6 +62,16 @@ def mine(background_losses: Sequence[float], matched: Sequence[int], *, ratio: i
     candidates = [prior for prior, ground_truth in enumerate(matched) if ground_truth < 0]
     candidates.sort(key=lambda prior: -background_losses[prior])
     return set(candidates[: ratio * num_positives])
+
+
+def smooth_l1(difference: float) -> float:
+    """Half the square below 1, linear above."""
+    return difference**2 / 2 if abs(difference) < 1 else abs(difference) - 0.5
+
+
+def focal(probability: float, *, alpha: float, gamma: float = 2.0) -> float:
+    """Focal loss of one yes-or-no question whose right answer got this probability."""
+    return -alpha * (1 - probability) ** gamma * math.log(probability)
 
 
 CAFFE_SAMPLERS = (None, 0.1, 0.3, 0.5, 0.7, 0.9, 0.0)
