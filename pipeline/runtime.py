@@ -21,6 +21,7 @@ def start_ray(**settings: Any) -> None:
         return
     address = os.environ.get("RAY_ADDRESS")
     os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")  # silences a FutureWarning of 2.60
+    logging.getLogger("ray").setLevel(logging.ERROR)
     local: dict[str, Any] = {} if address else {"include_dashboard": False}
     ray.init(
         address=address or "local",

@@ -22,7 +22,7 @@ from pipeline.inference.blocks import ReadSettings, Work
 from pipeline.inference.ledger import Ledger, read_ledger, sweep
 from pipeline.model import checkpoint
 from pipeline.model.spec import ModelSpec
-from pipeline.results.parts import Part
+from pipeline.results.parts import Part, part_names
 
 # A Ray task reads one large shard, or several small ones: a task each measured 33 s for 20,000 shards, some
 # thousand tasks in all 6 s for 100,000.
@@ -127,16 +127,13 @@ def check_output(config: InferConfig, fingerprint: dict[str, object]) -> None:
     Raises:
         ConfigError: foreign files, or another model, threshold or setting (the difference is shown).
     """
-    names = storage.list_names(config.output)
-    if not names:
-        return
     record = storage.join(config.output, "_run", "config.json")
     if not storage.exists(record):
-        if names <= {"_run"}:
-            return
-        raise ConfigError(
-            f"--output {config.output} holds other files (such as {min(names)!r}); choose an empty folder"
-        )
+        if foreign := foreign_files(config.output):
+            raise ConfigError(
+                f"--output {config.output} holds other files (such as {min(foreign)!r}); choose an empty folder"
+            )
+        return
     before = json.loads(storage.read_bytes(record))["fingerprint"]
     if before != json.loads(json.dumps(fingerprint)):
         raise ConfigError(
@@ -144,6 +141,12 @@ def check_output(config: InferConfig, fingerprint: dict[str, object]) -> None:
             f"{'; '.join(_differences(before, fingerprint))}. "
             "Give the same settings, another --output, or --overwrite"
         )
+
+
+def foreign_files(output: str) -> set[str]:
+    """Names in a folder without a run's record that are not what a run leaves before its first part."""
+    names = storage.list_names(output) - {"_run"}
+    return {name for name in names if name not in ("images", "detections") or part_names(output, name)}
 
 
 def _differences(before: dict[str, object], now: dict[str, object], prefix: str = "") -> list[str]:

@@ -2,6 +2,7 @@
 
 import json
 import threading
+import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -12,6 +13,7 @@ import ray
 import ray.exceptions
 from ray.data import ActorPoolStrategy, Dataset, Datasource, ReadTask
 from ray.data.block import BlockMetadata
+from ray.util.annotations import RayDeprecationWarning
 from ray.util.metrics import Counter as MetricCounter
 from ray.util.metrics import Gauge as MetricGauge
 
@@ -25,6 +27,7 @@ from pipeline.inference.plan import (
     Plan,
     check_output,
     digest,
+    foreign_files,
     group_tasks,
     make_plan,
     portable_weights,
@@ -95,9 +98,11 @@ def infer(config: InferConfig) -> Report:
             spec.architecture,
             pool.device,
         )
-        with monitoring(plan, config) as monitor:
+        if plan.work:
+            logger.info("starting %d detectors ...", pool.min_size)
+        with monitoring(plan, config, weights) as monitor:
             try:
-                run_passes(plan, spec, weights, pool, config, lock, monitor)
+                run_passes(plan, spec, pool, config, lock, monitor)
                 over_budget = False
             except BudgetError:
                 over_budget = True
@@ -120,12 +125,7 @@ def detect_shards(
     monitor: Any,
 ) -> Dataset:
     """Read, decode and resize (tasks on CPUs), then detect (an actor pool)."""
-    return ray.data.read_datasource(
-        ShardSource(tasks, settings, monitor),
-        override_num_blocks=len(tasks),
-        num_cpus=READER_CPUS,
-        ray_remote_args={"max_retries": RETRIES},
-    ).map_batches(
+    return read_shards(tasks, settings, monitor).map_batches(
         detector,
         fn_constructor_kwargs=dict(detector_args),
         batch_size=None,  # a block as it is; the detector makes its own batches
@@ -137,6 +137,18 @@ def detect_shards(
         max_restarts=RETRIES,
         max_task_retries=RETRIES,
     )
+
+
+def read_shards(tasks: list[list[Work]], settings: ReadSettings, monitor: Any) -> Dataset:
+    """The first stage alone: blocks of resized images."""
+    with warnings.catch_warnings():  # 2.60 has no other way to say max_retries here
+        warnings.simplefilter("ignore", RayDeprecationWarning)
+        return ray.data.read_datasource(
+            ShardSource(tasks, settings, monitor),
+            override_num_blocks=len(tasks),
+            num_cpus=READER_CPUS,
+            ray_remote_args={"max_retries": RETRIES},
+        )
 
 
 def write_parts(detected: Dataset, target: Target, monitor: Any) -> None:
@@ -188,10 +200,13 @@ def _reader(
 
 
 class LoadedDetector(DetectImages):
-    """`DetectImages` with weights from the object store: no other node needs the file."""
+    """`DetectImages` with weights that the monitor keeps: no other node needs the file.
 
-    def __init__(self, weights: ray.ObjectRef, **settings: Any) -> None:
-        super().__init__(ray.get(weights), **settings)
+    Not from the object store: an actor that is restarted may find its arguments gone there.
+    """
+
+    def __init__(self, monitor: Any, **settings: Any) -> None:
+        super().__init__(ray.get(monitor.weights.remote()), **settings)
 
 
 # ---- passes ------------------------------------------------------------------------------------------
@@ -200,7 +215,6 @@ class LoadedDetector(DetectImages):
 def run_passes(
     plan: Plan,
     spec: ModelSpec,
-    weights: bytes,
     pool: Pool,
     config: InferConfig,
     lock: Lock,
@@ -211,7 +225,6 @@ def run_passes(
     A process that dies again and again (an image that kills its decoder) ends a pass; then the shards that
     were in flight go image by image in child processes, where the killer becomes a failed row.
     """
-    stored = ray.put(weights)
     work, settings = plan.work, plan.settings
     for number in range(MAX_PASSES):
         if not work:
@@ -223,7 +236,7 @@ def run_passes(
             settings=settings,
             detector=LoadedDetector,
             detector_args={
-                "weights": stored,
+                "monitor": monitor,
                 "device": pool.device,
                 "score_threshold": config.score_threshold,
                 "batch_size": pool.batch_size,
@@ -337,10 +350,7 @@ def check_writable(output: str) -> None:
 
 def clear(output: str) -> None:
     """Delete what is in the output, except the lock. Raises: ConfigError where the files aren't ours."""
-    names = storage.list_names(output)
-    if names - {"_run", "images", "detections"} or (
-        names - {"_run"} and not storage.exists(storage.join(output, "_run", "config.json"))
-    ):
+    if not storage.exists(storage.join(output, "_run", "config.json")) and foreign_files(output):
         raise ConfigError(f"--overwrite: {output} holds files that no run wrote; delete them by hand")
     for table in ("images", "detections"):
         storage.delete_folder(storage.join(output, table))
@@ -352,11 +362,12 @@ def clear(output: str) -> None:
 
 @ray.remote(num_cpus=0)
 class Monitor:
-    """Adds up what tasks report, tells the error budget, and publishes live metrics."""
+    """Keeps the weights, adds up what tasks report, tells the error budget, and publishes live metrics."""
 
-    def __init__(self, progress: Progress, max_failed_fraction: float) -> None:
+    def __init__(self, progress: Progress, max_failed_fraction: float, weights: bytes) -> None:
         self._progress = progress
         self._allowed = max_failed_fraction
+        self._weights = weights
         self._unfinished: set[int] = set()
         self._metrics = {
             name: MetricCounter(f"shardshot_{name}_total", description=text)
@@ -382,6 +393,10 @@ class Monitor:
         self._rate.set(self._progress.steady_rate)
         return self._progress.counts.images >= BUDGET_FROM and self._progress.failed_fraction > self._allowed
 
+    def weights(self) -> bytes:
+        """The weights file, for detectors that start."""
+        return self._weights
+
     def begin(self) -> None:
         """A new pass: nothing is in flight."""
         self._unfinished = set()
@@ -404,7 +419,7 @@ class Monitor:
 
 
 @contextmanager
-def monitoring(plan: Plan, config: InferConfig) -> Iterator[Any]:
+def monitoring(plan: Plan, config: InferConfig, weights: bytes) -> Iterator[Any]:
     """A monitor, and a thread that prints its progress line every few seconds."""
     loose = sum(item.shard.kind == "image" for item in plan.work)
     progress = Progress(
@@ -413,13 +428,14 @@ def monitoring(plan: Plan, config: InferConfig) -> Iterator[Any]:
         num_loose=loose,
         num_packed=len(plan.work) - loose,
     )
-    monitor = Monitor.remote(progress, config.max_failed_fraction)
+    monitor = Monitor.remote(progress, config.max_failed_fraction, weights)
     stop = threading.Event()
 
     def report() -> None:
         while not stop.wait(PROGRESS_S):
             progress: Progress = ray.get(monitor.progress.remote())
-            logger.info(progress.line())
+            if progress.counts.images:
+                logger.info(progress.line())
 
     thread = threading.Thread(target=report, name="progress", daemon=True)
     thread.start()
