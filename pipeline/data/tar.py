@@ -1,5 +1,6 @@
 """The images in a tar file: an index of names, places and annotations; no member touches a file system."""
 
+import io
 import posixpath
 import tarfile
 from collections import Counter, defaultdict
@@ -72,7 +73,9 @@ def _members(file: IO[bytes], uri: str) -> list[tarfile.TarInfo]:
             tar.members.clear()  # it keeps its own list
         file.seek(tar.offset)
     except (tarfile.TarError, ValueError, OverflowError, IndexError) as error:
-        raise _cut_short(uri, len(members), f": {error}") from error
+        size = file.seek(0, io.SEEK_END)
+        num_whole = sum(info.offset_data + info.size <= size for info in members)
+        raise _cut_short(uri, num_whole, f": {error}") from error
     marker = file.read(tarfile.BLOCKSIZE)
     if len(marker) < tarfile.BLOCKSIZE:
         raise _cut_short(uri, len(members), "")
