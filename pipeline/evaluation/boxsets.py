@@ -4,7 +4,7 @@ N images, G annotated boxes, D detections. Boxes are xywh (left, top, width, hei
 have them: converting to corners and back moves the last digit, which can flip a match at IoU 0.5 exactly.
 """
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import numpy as np
 
@@ -71,8 +71,6 @@ class Detected:
     """int32 [D]."""
     scores: np.ndarray
     """float64 [D]."""
-    unknown_classes: dict[str, int] = field(default_factory=dict)
-    """Detections by class that the data set doesn't annotate; they are not in the columns."""
 
     def __len__(self) -> int:
         return len(self.scores)

@@ -13,22 +13,113 @@ import pandas as pd
 from pipeline import storage
 from pipeline.errors import ConfigError
 from pipeline.evaluation.boxsets import Detected, GroundTruth
-from pipeline.results import iter_detections, load_images
+from pipeline.results import iter_detections, load_images, summarise
 
 COLUMNS = ("image_id", "class_name", "score", "xmin", "ymin", "xmax", "ymax")
 
 
-def is_coco_results(uri: str) -> bool:
-    """Whether `uri` names a COCO results file; anything else is an output folder."""
-    return uri.endswith((".json", ".json.gz"))
+@dataclass(frozen=True)
+class ResultsFile:
+    """The detections of a COCO results file, in memory."""
+
+    detected: Detected
+    counts: dict[int, int]
+    """Detections by label."""
+    not_annotated: dict[str, int]
+    """Detections by class that the data set doesn't have."""
+    num_failed: int = 0
+
+    def read(
+        self, truth: GroundTruth, labels: Sequence[int] | None = None, min_score: float = 0.0
+    ) -> Detected:
+        """The detections of these classes (all where None) with at least this score."""
+        wanted = self.detected.scores >= min_score
+        if labels is not None:
+            wanted &= np.isin(self.detected.labels, labels)
+        return self.detected.select(wanted)
 
 
-def read_coco_results(uri: str, truth: GroundTruth) -> Detected:
-    """Read a COCO results file (`[{image_id, category_id, bbox, score}, ...]`, also gzipped).
+@dataclass(frozen=True)
+class OutputFolder:
+    """The detections of a run, read class by class."""
+
+    uri: str
+    images: "ImageMatch"
+    counts: dict[int, int]
+    """Detections by label, also of images that are not annotated."""
+    not_annotated: dict[str, int]
+    """Detections by class that the data set doesn't have."""
+
+    @property
+    def num_failed(self) -> int:
+        """Annotated images that the run could not read."""
+        return self.images.num_failed
+
+    def read(
+        self, truth: GroundTruth, labels: Sequence[int] | None = None, min_score: float = 0.0
+    ) -> Detected:
+        """The detections of these classes (all where None) with at least this score, in annotated images.
+
+        Classes are told by name.
+        """
+        wanted = self.counts if labels is None else [label for label in labels if label in self.counts]
+        names = {truth.class_names[label]: label for label in wanted}
+        pieces = [Detected(np.zeros(0, np.int32), np.zeros((0, 4)), np.zeros(0, np.int32), np.zeros(0))]
+        for frame in iter_detections(self.uri, class_names=list(names), min_score=min_score, columns=COLUMNS):
+            index = frame.image_id.map(self.images.index).to_numpy(np.float64)
+            kept = np.flatnonzero(~np.isnan(index))
+            pieces.append(_columns(frame.iloc[kept], index[kept], names))
+        return Detected(
+            image_index=np.concatenate([piece.image_index for piece in pieces]),
+            boxes_xywh=np.concatenate([piece.boxes_xywh for piece in pieces]),
+            labels=np.concatenate([piece.labels for piece in pieces]),
+            scores=np.concatenate([piece.scores for piece in pieces]),
+        )
+
+
+def open_detections(
+    uri: str, truth: GroundTruth, *, partial: bool = False
+) -> tuple[ResultsFile | OutputFolder, GroundTruth]:
+    """Open an output folder or a COCO results file (`.json`, `.json.gz`).
+
+    Args:
+        uri: where it is.
+        truth: the annotations.
+        partial: measure only the annotated images that are in the run, where not all are.
+
+    Returns:
+        The detections, and the annotations that they are measured on.
 
     Raises:
-        ConfigError: not such a file, or its images are not those of the data set.
+        ConfigError: nothing there, of another data set, or only a part of it and `partial` is not set.
     """
+    if uri.endswith((".json", ".json.gz")):
+        return _open_results(uri, truth), truth
+    images = match_images(uri, truth)
+    num_missing = int((~images.processed).sum())
+    if num_missing and not partial:
+        raise ConfigError(
+            f"{num_missing:,} of {truth.num_images:,} annotated images are not in {uri}, "
+            f"such as {truth.image_ids[int(images.processed.argmin())]}; "
+            "run them too, or give --partial to measure only those that are"
+        )
+    if num_missing:
+        truth = truth.of_images(images.processed)
+        images = match_images(uri, truth)
+    counts = summarise(uri).classes.set_index("class_name").num_detections.to_dict()
+    labels = {name: label for label, name in truth.class_names.items()}
+    if counts and not counts.keys() & labels.keys():
+        raise ConfigError(
+            f"{uri} and the annotations have no class in common: "
+            f"compare {', '.join(list(counts)[:3])} with {', '.join(list(labels)[:3])}"
+        )
+    known = {labels[name]: count for name, count in counts.items() if name in labels}
+    unknown = {name: count for name, count in counts.items() if name not in labels}
+    return OutputFolder(uri, images, known, unknown), truth
+
+
+def _open_results(uri: str, truth: GroundTruth) -> ResultsFile:
+    """Read `[{image_id, category_id, bbox, score}, ...]`."""
     if truth.coco_ids is None:
         raise ConfigError(f"{uri} names images by COCO ids, so --annotations must be a COCO file too")
     data = storage.read_bytes(uri)
@@ -38,17 +129,19 @@ def read_coco_results(uri: str, truth: GroundTruth) -> Detected:
         labels = np.array([row["category_id"] for row in rows], np.int32)
         boxes_xywh = np.array([row["bbox"] for row in rows], np.float64).reshape(-1, 4)
         scores = np.array([row["score"] for row in rows], np.float64)
-    except (KeyError, TypeError, ValueError) as error:
+    except (KeyError, TypeError, ValueError, OSError) as error:
         raise ConfigError(f"{uri} is no COCO results file: {type(error).__name__} {error}") from error
     known = np.isin(coco_ids, truth.coco_ids)
     if not known.all():
         strange = coco_ids[~known][0]
         raise ConfigError(f"{uri}: image {strange} is not in the annotations; are they of the same data set?")
     annotated = np.isin(labels, list(truth.class_names))
-    unknown = Counter(f"category {label}" for label in labels[~annotated].tolist())
     index = np.searchsorted(truth.coco_ids, coco_ids).astype(np.int32)
-    found = Detected(index, boxes_xywh, labels, scores).select(annotated)
-    return Detected(found.image_index, found.boxes_xywh, found.labels, found.scores, dict(unknown))
+    return ResultsFile(
+        detected=Detected(index, boxes_xywh, labels, scores).select(annotated),
+        counts=dict(Counter(labels[annotated].tolist())),
+        not_annotated=dict(Counter(f"category {label}" for label in labels[~annotated].tolist())),
+    )
 
 
 @dataclass(frozen=True)
@@ -97,50 +190,12 @@ def match_names(image_ids: Sequence[str], annotated: Sequence[str]) -> dict[str,
     return found
 
 
-def read_output(
-    uri: str,
-    truth: GroundTruth,
-    images: ImageMatch,
-    *,
-    class_names: Sequence[str] | None = None,
-    min_score: float | None = None,
-) -> Detected:
-    """Read the detections of an output folder, those of annotated images and classes.
-
-    Classes are told by name. Boxes of unannotated images are left out.
-
-    Args:
-        uri: the output folder.
-        truth: the data set.
-        images: from `match_images`.
-        class_names: read only these.
-        min_score: read only detections with at least this score.
-    """
-    label_by_name = {name: label for label, name in truth.class_names.items()}
-    unknown: Counter[str] = Counter()
-    pieces = [Detected(np.zeros(0, np.int32), np.zeros((0, 4)), np.zeros(0, np.int32), np.zeros(0))]
-    for frame in iter_detections(uri, class_names=class_names, min_score=min_score, columns=COLUMNS):
-        index = frame.image_id.map(images.index).to_numpy(np.float64)
-        labels = frame.class_name.map(label_by_name).to_numpy(np.float64)
-        annotated = ~np.isnan(index)
-        unknown.update(frame.class_name[annotated & np.isnan(labels)].tolist())
-        kept = np.flatnonzero(annotated & ~np.isnan(labels))
-        pieces.append(_columns(frame.iloc[kept], index[kept], labels[kept]))
-    return Detected(
-        image_index=np.concatenate([piece.image_index for piece in pieces]),
-        boxes_xywh=np.concatenate([piece.boxes_xywh for piece in pieces]),
-        labels=np.concatenate([piece.labels for piece in pieces]),
-        scores=np.concatenate([piece.scores for piece in pieces]),
-        unknown_classes=dict(unknown),
-    )
-
-
-def _columns(frame: pd.DataFrame, index: np.ndarray, labels: np.ndarray) -> Detected:
+def _columns(frame: pd.DataFrame, index: np.ndarray, labels: dict[str, int]) -> Detected:
     corners = frame[["xmin", "ymin", "xmax", "ymax"]].to_numpy(np.float64)
     return Detected(
         image_index=index.astype(np.int32),
         boxes_xywh=np.concatenate([corners[:, :2], corners[:, 2:] - corners[:, :2]], axis=1),
-        labels=labels.astype(np.int32),
+        labels=frame["class_name"].map(labels.get).to_numpy(np.int32),
         scores=frame["score"].to_numpy(np.float64),
     )
 

@@ -7,7 +7,7 @@ import pytest
 from pipeline.errors import ConfigError
 from pipeline.evaluation.average_precision import coco_ap, precision_recall
 from pipeline.evaluation.coco import NAMES, class_numbers, coco_curves, coco_numbers, join
-from pipeline.evaluation.detections import read_coco_results
+from pipeline.evaluation.detections import open_detections
 from pipeline.evaluation.ground_truth import read_ground_truth
 from pipeline.evaluation.matching import match_coco
 from tests.evaluation.cases import detected, random_case, truth
@@ -78,7 +78,9 @@ def test_classes_measured_in_groups_give_the_same_numbers():
 def test_the_official_numbers_of_the_coco_authors_are_reproduced(shared_data):
     folder = shared_data("data/coco_fakebox100")
     annotated = read_ground_truth(str(folder / "instances_val2014_100.json"))
-    found = read_coco_results(str(folder / "instances_val2014_fakebbox100_results.json"), annotated)
+    found = open_detections(str(folder / "instances_val2014_fakebbox100_results.json"), annotated)[0].read(
+        annotated
+    )
     ours = coco_numbers(coco_curves(annotated, found, sorted(annotated.class_names)))
     expected = json.loads((folder / "expected.json").read_text())["stats"].values()
     assert list(ours.values()) == pytest.approx(list(expected), abs=1e-6)
@@ -87,7 +89,7 @@ def test_the_official_numbers_of_the_coco_authors_are_reproduced(shared_data):
 def test_the_reference_detections_of_coco_val_give_the_reference_numbers(shared_data):
     folder = shared_data("data/coco_val128")
     annotated = read_ground_truth(str(folder / "annotations.json"))
-    found = read_coco_results(str(folder / "detections.json.gz"), annotated)
+    found = open_detections(str(folder / "detections.json.gz"), annotated)[0].read(annotated)
     ours = coco_numbers(coco_curves(annotated, found, sorted(annotated.class_names)))
     expected = json.loads((folder / "expected.json").read_text())["stats"].values()
     assert list(ours.values()) == pytest.approx(list(expected), abs=1e-9)
@@ -115,9 +117,9 @@ def test_a_coco_file_without_areas_takes_those_of_the_boxes(tmp_path):
     results = [{"image_id": 5, "category_id": 9, "bbox": [1, 2, 3, 4], "score": 0.5}] * 2
     results[1] = results[1] | {"category_id": 77}
     (tmp_path / "r.json.gz").write_bytes(gzip.compress(json.dumps(results).encode()))
-    found = read_coco_results(str(tmp_path / "r.json.gz"), annotated)
-    assert len(found) == 1
-    assert found.unknown_classes == {"category 77": 1}
+    source, _ = open_detections(str(tmp_path / "r.json.gz"), annotated)
+    assert len(source.read(annotated)) == 1
+    assert source.not_annotated == {"category 77": 1}
 
 
 @pytest.mark.parametrize("content", ["[]", "{}", "no json", '{"images": [{}]}'])
@@ -130,7 +132,7 @@ def test_a_file_that_is_not_coco_is_refused_in_one_line(tmp_path, content):
 def test_results_of_another_data_set_are_refused(tmp_path):
     (tmp_path / "r.json").write_text('[{"image_id": 3, "category_id": 1, "bbox": [0, 0, 1, 1], "score": 1}]')
     with pytest.raises(ConfigError, match="image 3 is not in the annotations"):
-        read_coco_results(str(tmp_path / "r.json"), truth((0, 1, SQUARE)))
+        open_detections(str(tmp_path / "r.json"), truth((0, 1, SQUARE)))
     (tmp_path / "r.json").write_text('{"a": 1}')
     with pytest.raises(ConfigError, match="no COCO results file"):
-        read_coco_results(str(tmp_path / "r.json"), truth((0, 1, SQUARE)))
+        open_detections(str(tmp_path / "r.json"), truth((0, 1, SQUARE)))
