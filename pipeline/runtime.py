@@ -26,7 +26,7 @@ def start_ray(**settings: Any) -> None:
     ray.init(
         address=address or "local",
         runtime_env={"env_vars": WORKER_ENVIRONMENT},
-        logging_level=logging.WARNING,
+        logging_level=logging.ERROR,
         **local,
         **settings,
     )

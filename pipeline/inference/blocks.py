@@ -226,7 +226,7 @@ class DetectImages:
             if len(rows)
         ]
         seconds = (time.perf_counter() - start) / max(len(good), 1)
-        return _with_detections(block, found, seconds, good)
+        return with_detections(block, found, seconds, good)
 
 
 def _without_empty_boxes(found: "Found", rows: np.ndarray) -> "Found":
@@ -241,7 +241,8 @@ def _without_empty_boxes(found: "Found", rows: np.ndarray) -> "Found":
     )
 
 
-def _with_detections(block: pa.Table, found: list["Found"], seconds: float, good: np.ndarray) -> pa.Table:
+def with_detections(block: pa.Table, found: list["Found"], seconds: float, good: np.ndarray) -> pa.Table:
+    """`block` with `found` (one or more batches) in the place of its images; `good` rows took `seconds` each."""
     index = np.concatenate([batch.image_index for batch in found] or [np.zeros(0, np.int64)])
     counts = np.bincount(index, minlength=len(block)).astype(np.int32)
     offsets = pa.array(np.concatenate([[0], np.cumsum(counts)]).astype(np.int32))

@@ -131,7 +131,7 @@ def check_output(config: InferConfig, fingerprint: dict[str, object]) -> None:
     if not storage.exists(record):
         if foreign := foreign_files(config.output):
             raise ConfigError(
-                f"--output {config.output} holds other files (such as {min(foreign)!r}); choose an empty folder"
+                f"--output {config.output} holds other files (such as {min(foreign)!r}); take an empty folder"
             )
         return
     before = json.loads(storage.read_bytes(record))["fingerprint"]

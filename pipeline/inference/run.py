@@ -63,10 +63,11 @@ class Pool:
     threads: int
 
 
-def infer(config: InferConfig) -> Report:
+def infer(config: InferConfig, *, detector: type | None = None) -> Report:
     """Detect objects in every image of `config.input` and write the two tables to `config.output`.
 
     Resumes what an earlier run left unfinished. Returns the report that is also in `_run/report.json`.
+    `detector` is a callable class with the contract of `LoadedDetector`, for tests and benchmarks.
 
     Raises:
         ConfigError: refused: see the message.
@@ -102,7 +103,7 @@ def infer(config: InferConfig) -> Report:
             logger.info("starting %d detectors ...", pool.min_size)
         with monitoring(plan, config, weights) as monitor:
             try:
-                run_passes(plan, spec, pool, config, lock, monitor)
+                run_passes(plan, spec, pool, config, lock, monitor, detector or LoadedDetector)
                 over_budget = False
             except BudgetError:
                 over_budget = True
@@ -125,29 +126,24 @@ def detect_shards(
     monitor: Any,
 ) -> Dataset:
     """Read, decode and resize (tasks on CPUs), then detect (an actor pool)."""
-    return read_shards(tasks, settings, monitor).map_batches(
-        detector,
-        fn_constructor_kwargs=dict(detector_args),
-        batch_size=None,  # a block as it is; the detector makes its own batches
-        batch_format="pyarrow",
-        zero_copy_batch=True,
-        compute=ActorPoolStrategy(min_size=pool.min_size, max_size=pool.max_size),
-        num_cpus=DETECTOR_CPUS,
-        num_gpus=1 if pool.device == "cuda" else 0,
-        max_restarts=RETRIES,
-        max_task_retries=RETRIES,
-    )
-
-
-def read_shards(tasks: list[list[Work]], settings: ReadSettings, monitor: Any) -> Dataset:
-    """The first stage alone: blocks of resized images."""
-    with warnings.catch_warnings():  # 2.60 has no other way to say max_retries here
+    with warnings.catch_warnings():  # 2.60 has no other way to bound retries
         warnings.simplefilter("ignore", RayDeprecationWarning)
         return ray.data.read_datasource(
             ShardSource(tasks, settings, monitor),
             override_num_blocks=len(tasks),
             num_cpus=READER_CPUS,
             ray_remote_args={"max_retries": RETRIES},
+        ).map_batches(
+            detector,
+            fn_constructor_kwargs=dict(detector_args),
+            batch_size=None,  # a block as it is; the detector makes its own batches
+            batch_format="pyarrow",
+            zero_copy_batch=True,
+            compute=ActorPoolStrategy(min_size=pool.min_size, max_size=pool.max_size),
+            num_cpus=DETECTOR_CPUS,
+            num_gpus=1 if pool.device == "cuda" else 0,
+            max_restarts=RETRIES,
+            max_task_retries=RETRIES,
         )
 
 
@@ -219,6 +215,7 @@ def run_passes(
     config: InferConfig,
     lock: Lock,
     monitor: Any,
+    detector: type,
 ) -> None:
     """Run the chain until every image of the plan has its row.
 
@@ -234,7 +231,7 @@ def run_passes(
         detected = detect_shards(
             tasks,
             settings=settings,
-            detector=LoadedDetector,
+            detector=detector,
             detector_args={
                 "monitor": monitor,
                 "device": pool.device,
