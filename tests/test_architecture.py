@@ -21,6 +21,7 @@ LAYERS = {
 STRANGERS = {"data", "model", "results"}
 RAY = {
     "pipeline.runtime",
+    "pipeline.evaluation.run",
     "pipeline.inference.run",
     "pipeline.inference.sink",
     "pipeline.training.run",

@@ -33,6 +33,7 @@ def load_detections(
     *,
     min_score: float | None = None,
     class_names: str | Sequence[str] | None = None,
+    image_ids: Sequence[str] | None = None,
     columns: Sequence[str] | None = None,
 ) -> pd.DataFrame:
     """The boxes of an output folder, one row a box, in the order of the files.
@@ -41,6 +42,7 @@ def load_detections(
         uri: output folder of `jobs/infer.py`, local or in an object store.
         min_score: keep rows with at least this score.
         class_names: keep rows of this class or these classes.
+        image_ids: keep rows of these images; parts of files without any of them are not read.
         columns: columns to read (default: all of `schema.DETECTIONS`); fewer are faster.
 
     Returns:
@@ -52,7 +54,7 @@ def load_detections(
         StorageError: a part can't be read.
     """
     output = _open(uri)
-    rows = _keep_boxes(output, min_score, class_names)
+    rows = _keep_boxes(output, min_score, class_names, image_ids)
     return _to_pandas(_table(output, "detections", columns, rows))
 
 
@@ -84,6 +86,7 @@ def iter_detections(
     *,
     min_score: float | None = None,
     class_names: str | Sequence[str] | None = None,
+    image_ids: Sequence[str] | None = None,
     columns: Sequence[str] | None = None,
     rows_per_frame: int = 131_072,
 ) -> Iterator[pd.DataFrame]:
@@ -93,7 +96,7 @@ def iter_detections(
     are never empty. Raises: as `load_detections`.
     """
     output = _open(uri)
-    rows = _keep_boxes(output, min_score, class_names)
+    rows = _keep_boxes(output, min_score, class_names, image_ids)
     wanted = _checked_columns("detections", columns)
     read = wanted if "image_id" in wanted else [*wanted, "image_id"]
     for table in _whole_images(_batches(output, "detections", read, rows, rows_per_frame)):
@@ -298,16 +301,19 @@ def _last_id(batch: pa.RecordBatch) -> str:
 
 
 def _keep_boxes(
-    output: _Output, min_score: float | None, class_names: str | Sequence[str] | None
+    output: _Output,
+    min_score: float | None,
+    class_names: str | Sequence[str] | None,
+    image_ids: Sequence[str] | None,
 ) -> ds.Expression | None:
-    rows = None
+    rows = None if image_ids is None else ds.field("image_id").isin(pa.array(image_ids, pa.string()))
     if min_score is not None:
         # As float32: 0.7 in a float32 column is 0.69999999, which is less than the float64 0.7.
-        rows = ds.field("score") >= pa.scalar(min_score, pa.float32())
+        rows = _both(rows, ds.field("score") >= pa.scalar(min_score, pa.float32()))
     if class_names is not None:
         names = [class_names] if isinstance(class_names, str) else list(class_names)
         _check_class_names(output, names)
-        rows = _both(rows, ds.field("class_name").isin(names))
+        rows = _both(rows, ds.field("class_name").isin(pa.array(names, pa.string())))
     return rows
 
 

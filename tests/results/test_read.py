@@ -31,6 +31,9 @@ def test_filters_keep_what_they_say(output):
     assert load_detections(output, min_score=0.5).image_id.tolist() == ["a.jpg", "c.jpg"]
     assert load_detections(output, class_names=["person"]).image_id.tolist() == ["a.jpg", "c.jpg"]
     assert load_detections(output, class_names="dog", min_score=0.95).empty
+    assert load_detections(output, class_names=[]).empty
+    assert load_detections(output, image_ids=["c.jpg", "none"]).image_id.tolist() == ["c.jpg"]
+    assert load_detections(output, image_ids=[]).empty
     assert load_images(output, status="failed").image_id.tolist() == ["d.jpg"]
 
 
