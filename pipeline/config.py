@@ -107,6 +107,100 @@ class VerifyConfig:
     """The output folder to prove."""
 
 
+@dataclass(frozen=True, kw_only=True)
+class MakeShardsConfig:
+    """Flags of `jobs/make_shards.py`."""
+
+    format: Literal["coco", "voc", "folder"]
+    """coco: an instances JSON file; voc: a PASCAL VOC folder, an XML file an image; folder: images alone."""
+    images: str
+    """Folder of images, searched at any depth; for voc also the one with JPEGImages/ in it."""
+    output: str
+    """Folder for shard-00000.tar, ... and, with annotations, classes.json. Local path or any fsspec URL."""
+    annotations: str = ""
+    """coco: the JSON file. voc: the folder of XML files; Annotations/ beside the images where not given."""
+    split: str = ""
+    """voc: only the images listed in ImageSets/Main/<split>.txt; all with an XML file where not given."""
+    classes: tuple[str, ...] = ()
+    """voc: class names in the order of their ids; those in all XML files, sorted, where not given."""
+    images_per_shard: int = 1000
+    """Images in a shard; one of large images ends at 256 MB."""
+    skip_bad_boxes: bool = False
+    """Leave out and count boxes without area, outside their image or of an unknown class; else refused."""
+    overwrite: bool = False
+    """Replace an older shard set in the output folder."""
+
+    def __post_init__(self) -> None:
+        _check(self.images_per_shard >= 1, "--images-per-shard", self.images_per_shard, "1 or more")
+        if self.format == "coco" and not self.annotations:
+            raise ConfigError("--format coco needs --annotations, the JSON file")
+        if self.format == "folder" and self.annotations:
+            raise ConfigError("--format folder takes no --annotations: give --format coco or voc")
+        if self.format != "voc" and (self.split or self.classes):
+            raise ConfigError("--split and --classes are for --format voc")
+
+
+@dataclass(frozen=True, kw_only=True)
+class EvaluateConfig:
+    """Flags of `jobs/evaluate.py`."""
+
+    detections: str
+    """Output folder of jobs/infer.py, or a COCO results file (.json, .json.gz)."""
+    annotations: str
+    """A COCO instances .json, a VOC folder (with JPEGImages/ and Annotations/) or annotated shards."""
+    metric: Literal["coco", "voc", "voc07"] = "coco"
+    """coco: the 12 numbers; voc: area under the curve at IoU 0.5; voc07: 11 points, as in VOC2007."""
+    split: str = ""
+    """VOC: measure only the images of ImageSets/Main/<split>.txt."""
+    score_threshold: float = 0.5
+    """The threshold in use, for precision, recall, confusion and comparison; AP takes all scores."""
+    output: str = ""
+    """Write all numbers to this JSON file."""
+    plots: str = ""
+    """Write pictures (precision-recall, calibration, confusion) to this folder."""
+    thresholds: str = ""
+    """Write the score threshold of the highest F1 of each class to this JSON file."""
+    baseline: str = ""
+    """Compare with these detections: another output folder or COCO results file."""
+    resamples: int = 200
+    """Resamples of the images for 95 % confidence intervals; 0 leaves them out."""
+    seed: int = 0
+    """Of the resamples."""
+    partial: bool = False
+    """Measure only the annotated images that are in the run; refused otherwise where some are not."""
+    distributed: bool = False
+    """Measure groups of classes side by side on the Ray cluster, for sets too large for one machine."""
+
+    def __post_init__(self) -> None:
+        _check(0 <= self.score_threshold <= 1, "--score-threshold", self.score_threshold, "0 to 1")
+        _check(0 <= self.resamples <= 100_000, "--resamples", self.resamples, "0 to 100,000")
+        for flag in ("output", "thresholds"):
+            if getattr(self, flag) and not getattr(self, flag).endswith(".json"):
+                raise ConfigError(f"--{flag} {getattr(self, flag)} must end in .json")
+
+
+@dataclass(frozen=True, kw_only=True)
+class ReportConfig:
+    """Flags of `jobs/report.py`."""
+
+    output: str
+    """Output folder of jobs/infer.py."""
+    html: str
+    """File to write: one page with everything in it."""
+    input: str = ""
+    """The input of the run, where it has moved since; its photographs are read again."""
+    baseline: str = ""
+    """Output folder of another run on the same images: the page shows what changed against it."""
+    min_score: float = 0.3
+    """Boxes below this score are not in the gallery; the counts take all."""
+    max_images: int = 60
+    """Photographs in the gallery."""
+
+    def __post_init__(self) -> None:
+        _check(0 <= self.min_score <= 1, "--min-score", self.min_score, "0 to 1")
+        _check(0 <= self.max_images <= 1000, "--max-images", self.max_images, "0 to 1,000")
+
+
 def _check(holds: bool, flag: str, value: object, wanted: str) -> None:
     if not holds:
         raise ConfigError(f"{flag} {value} is out of range: {wanted}")

@@ -30,7 +30,7 @@ from pipeline.data.parquet import image_column as find_image_column
 from pipeline.data.tar import Place, index_tar
 from pipeline.errors import ConfigError, ImageError, ShardError
 
-logger = logging.getLogger(__name__)
+logger = logging.getLogger("shardshot")
 
 Kind = Literal["tar", "parquet", "image"]
 

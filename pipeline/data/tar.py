@@ -109,7 +109,10 @@ def _is_plain(info: tarfile.TarInfo) -> bool:
 
 
 def _annotations(infos: Sequence[tarfile.TarInfo], *, files: Sequence[tarfile.TarInfo]) -> list[Place | None]:
-    """For each image the `<key>.json`; where names repeat, the first belongs to the first, and so on."""
+    """For each image a JSON file: `a/b.c.jpg.json`, `a/b.c.json` or, with WebDataset's keys, `a/b.json`.
+
+    Where names repeat, the first belongs to the first, and so on.
+    """
     beside: dict[str, list[Place]] = defaultdict(list)
     for info in files:
         if info.name.endswith(".json") and _is_plain(info) and info.size <= MAX_ANNOTATION_BYTES:
@@ -117,16 +120,12 @@ def _annotations(infos: Sequence[tarfile.TarInfo], *, files: Sequence[tarfile.Ta
     occurrences: Counter[str] = Counter()
     found = []
     for info in infos:
-        places = beside.get(_key(info.name) + ".json") or beside.get(_webdataset_key(info.name) + ".json", [])
+        keys = (info.name, posixpath.splitext(info.name)[0], _webdataset_key(info.name))
+        places = next((beside[key + ".json"] for key in keys if key + ".json" in beside), [])
         nth = occurrences[info.name]
         occurrences[info.name] += 1
         found.append(places[nth] if nth < len(places) else None)
     return found
-
-
-def _key(name: str) -> str:
-    """`a/b.c` of `a/b.c.jpg`."""
-    return posixpath.splitext(name)[0]
 
 
 def _webdataset_key(name: str) -> str:
