@@ -2,6 +2,7 @@
 
 import logging
 import os
+import warnings
 from typing import Any
 
 import ray
@@ -51,4 +52,6 @@ def configure_data(*, block_bytes: int) -> DataContext:
     context.max_errored_blocks = 0  # a failed block is an error: it never vanishes
     context.print_on_execution_start = False
     logging.getLogger("ray.data").setLevel(logging.ERROR)
+    # A few images need fewer detectors than there are: nothing to warn of.
+    warnings.filterwarnings("ignore", message="The minimum number of concurrent actors")
     return context

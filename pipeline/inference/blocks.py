@@ -5,12 +5,15 @@ Ray resumes a retried reader by counting the blocks it had yielded, so anything 
 A failed image is a row with a blank image.
 """
 
+import multiprocessing
 import tempfile
 import time
 from collections import deque
 from collections.abc import Iterator, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future, ProcessPoolExecutor, ThreadPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -28,6 +31,7 @@ if TYPE_CHECKING:
 
 SHARDS_AHEAD = 1  # opened while the current one is decoded: hides the store's latency
 IMAGES_AHEAD = 32  # the same for loose image files, a request each
+CHILD_TIMEOUT_S = 120.0  # for one image
 
 # Columns that travel beside schema.IMAGES from the reader to the sink, one value a row.
 STATS = ("num_retries", "read_s", "decode_s", "detect_s")
@@ -81,9 +85,10 @@ def read_blocks(work: Sequence[Work], settings: ReadSettings) -> Iterator[pa.Tab
     images = _blank(settings)
     retries = storage.num_retries()
     before = time.perf_counter()
+    decode = ChildDecoder(settings) if settings.isolated else partial(_decode, settings=settings)
     for raw in _read_ahead(work, settings):
         read_s = time.perf_counter() - before
-        row, pixels = _decode(raw, settings)
+        row, pixels = decode(raw)
         row["num_retries"], retries = storage.num_retries() - retries, storage.num_retries()
         row["read_s"] = read_s
         if pixels is not None:
@@ -136,6 +141,37 @@ def _decode(raw: RawImage, settings: ReadSettings) -> tuple[dict[str, object], n
     return row, pixels
 
 
+class ChildDecoder:
+    """`_decode` in a child process: an image that kills it, or never ends, becomes a failed row.
+
+    Only for shards whose reader died again and again: an image takes a message to another process and back.
+    """
+
+    def __init__(self, settings: ReadSettings) -> None:
+        self._settings = settings
+        self._child: ProcessPoolExecutor | None = None
+
+    def __call__(self, raw: RawImage) -> tuple[dict[str, object], np.ndarray | None]:
+        """The row of one image and its pixels, as `_decode`."""
+        if self._child is None:
+            self._child = ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn"))
+        try:
+            return self._child.submit(_decode, raw, self._settings).result(CHILD_TIMEOUT_S)
+        except (BrokenProcessPool, TimeoutError) as error:
+            self._stop()
+            killed = isinstance(error, BrokenProcessPool)
+            what = "the process that decoded it died" if killed else f"decoding took over {CHILD_TIMEOUT_S} s"
+            lost = replace(raw, error=ImageError(what, kind="ProcessDied" if killed else "TimedOut"))
+            return _decode(lost, self._settings)
+
+    def _stop(self) -> None:
+        if self._child is not None:
+            for process in list((self._child._processes or {}).values()):  # no public way to stop a stuck one
+                process.kill()
+            self._child.shutdown(wait=True)
+        self._child = None
+
+
 def _failure(stage: str, kind: str, message: str) -> dict[str, str]:
     text = " ".join(message.split())[:500].encode("utf-8", "replace").decode()
     return {"status": "failed", "error_stage": stage, "error_type": kind, "error_message": text}
@@ -150,7 +186,7 @@ def _read_ahead(work: Sequence[Work], settings: ReadSettings) -> Iterator[RawIma
             depth = IMAGES_AHEAD if current.shard.kind == "image" else SHARDS_AHEAD
             while len(opened) <= depth and (item := next(waiting, None)):
                 opened.append(pool.submit(_open, item, settings))
-            yield from _or_failed_row(opened.popleft(), current.shard)
+            yield from _or_failed_row(opened.popleft(), current)
 
 
 def _open(work: Work, settings: ReadSettings) -> Iterator[RawImage]:
@@ -171,22 +207,33 @@ def _chain(first: RawImage, rest: Iterator[RawImage]) -> Iterator[RawImage]:
     yield from rest
 
 
-def _or_failed_row(opened: Future[Iterator[RawImage]], shard: Shard) -> Iterator[RawImage]:
-    """The shard's images, or one failed row for a shard that can't be opened or counted."""
+def _or_failed_row(opened: Future[Iterator[RawImage]], work: Work) -> Iterator[RawImage]:
+    """The shard's images, or one failed row for a shard that is empty, or can't be opened or counted."""
     try:
-        yield from opened.result()
+        rows = opened.result()
+        first = next(rows, None)
+        if first is None and not work.skip:
+            raise ShardError("the shard holds no images")
     except (ShardError, StorageError) as error:
-        loose = shard.kind == "image"  # a shard of one is counted, whatever happens to it
-        yield RawImage(
-            image_id=shard.name,
-            uri=shard.uri,
-            shard=shard.name,
-            shard_index=0 if loose else -1,
-            shard_size=1 if loose else 0,
-            data=None,
-            error=ImageError(str(error), stage="read", kind=type(error).__name__),
-            annotation=None,
-        )
+        yield _failed_shard(work.shard, error)
+        return
+    if first is not None:
+        yield first
+    yield from rows
+
+
+def _failed_shard(shard: Shard, error: Exception) -> RawImage:
+    loose = shard.kind == "image"  # a shard of one is counted, whatever happens to it
+    return RawImage(
+        image_id=shard.name,
+        uri=shard.uri,
+        shard=shard.name,
+        shard_index=0 if loose else -1,
+        shard_size=1 if loose else 0,
+        data=None,
+        error=ImageError(str(error), stage="read", kind=type(error).__name__),
+        annotation=None,
+    )
 
 
 # ---- detector ----------------------------------------------------------------------------------------
@@ -242,7 +289,7 @@ def _without_empty_boxes(found: "Found", rows: np.ndarray) -> "Found":
 
 
 def with_detections(block: pa.Table, found: list["Found"], seconds: float, good: np.ndarray) -> pa.Table:
-    """`block` with `found` (one or more batches) in the place of its images; `good` rows took `seconds` each."""
+    """`block` with the batches `found` in the place of its images; `good` rows took `seconds` each."""
     index = np.concatenate([batch.image_index for batch in found] or [np.zeros(0, np.int64)])
     counts = np.bincount(index, minlength=len(block)).astype(np.int32)
     offsets = pa.array(np.concatenate([[0], np.cumsum(counts)]).astype(np.int32))

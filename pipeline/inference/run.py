@@ -263,8 +263,8 @@ def run_passes(
             suspects = ray.get(monitor.unfinished.remote())
             logger.warning("a worker died %d times; going on with its shards image by image", RETRIES + 1)
         except ray.exceptions.RayTaskError as error:
-            if isinstance(error.cause, PipelineError):
-                raise error.cause from None
+            if ours := _our_error(error):
+                raise ours from None
             raise
         missing = still_missing(plan, f"part-{run_name(lock)}.")
         isolated = {item.shard.name for task in suspects for item in tasks[task]}
@@ -277,6 +277,15 @@ def run_passes(
             f"{len(work)} shards such as {work[0].shard.name} still miss images after {MAX_PASSES} passes; "
             "run the same command again, and jobs/verify.py to see what is missing"
         )
+
+
+def _our_error(error: BaseException | None) -> PipelineError | None:
+    """The error of this package that a task raised, out of Ray's wrappings."""
+    while error is not None:
+        if isinstance(error, PipelineError):
+            return error
+        error = getattr(error, "cause", None) or error.__cause__
+    return None
 
 
 def still_missing(plan: Plan, own: str) -> list[Work]:

@@ -1,0 +1,343 @@
+"""The whole run on a local Ray: rows in = rows out, resume, retries, refusals."""
+
+import dataclasses
+import io
+import json
+import os
+import signal
+from pathlib import Path
+
+import pandas as pd
+import pytest
+
+from pipeline.config import InferConfig
+from pipeline.errors import ConfigError
+from pipeline.inference import blocks
+from pipeline.inference.verify import verify
+from pipeline.results import load_detections, load_images
+from tests import fakes
+from tests.makers import make_jpeg, make_parquet_shard, make_tar, make_tar_shard
+
+pytestmark = [pytest.mark.ray, pytest.mark.usefixtures("ray_cluster")]
+
+
+@pytest.fixture
+def folders(tmp_path):
+    return tmp_path / "in", tmp_path / "out"
+
+
+class Seen:
+    """A detector that writes down the ids it is given, in files of a folder."""
+
+    def __init__(self, folder):
+        folder.mkdir()
+        self.folder = folder
+
+        class LoggingDetector(fakes.FakeDetector):
+            def __init__(self, monitor=None, **settings):
+                super().__init__(monitor, **settings)
+                self.log = str(folder)
+
+        self.detector = LoggingDetector
+
+    def ids(self):
+        return sorted(line for file in self.folder.iterdir() for line in file.read_text().splitlines())
+
+
+@pytest.fixture
+def seen(tmp_path):
+    return Seen(tmp_path / "seen")
+
+
+def run(source, target, detector=fakes.FakeDetector, **settings):
+    from pipeline.inference.run import infer
+
+    return infer(InferConfig(input=str(source), output=str(target), **settings), detector=detector)
+
+
+def tables(target):
+    """Both tables as sorted lists of rows."""
+    return [
+        pd.read_parquet(f"{target}/{table}").astype(object).sort_values(keys).values.tolist()
+        for table, keys in (("images", ["image_id"]), ("detections", ["image_id", "detection_id"]))
+    ]
+
+
+def test_the_physical_plan_is_read_detect_write(folders, monkeypatch):
+    from pipeline.inference import run as module
+
+    make_tar_shard(folders[0] / "a.tar", 5)
+    plans = []
+    write = module.write_parts
+
+    def spy(detected, target, monitor):
+        write(detected, target, monitor)
+        plans.append(detected._write_ds.stats())
+
+    monkeypatch.setattr(module, "write_parts", spy)
+    run(*folders)
+    operators = [line.split(":")[0] for line in plans[0].splitlines() if line.startswith("Operator ")]
+    assert operators == ["Operator 1 ReadShards", "Operator 2 MapBatches(FakeDetector)", "Operator 3 Write"]
+
+
+def test_every_image_of_every_kind_of_input_has_one_row(folders):
+    source, target = folders
+    good = make_jpeg(seed=1)
+    make_tar_shard(source / "a.tar", {f"{i}.jpg": make_jpeg(seed=i) for i in range(70)})
+    make_tar_shard(
+        source / "sub/b.tar", {"x.jpg": good, "broken.jpg": good[: len(good) // 2], "empty.jpg": b""}
+    )
+    make_parquet_shard(source / "c.parquet", {"p": good, "q": b"not an image"})
+    (source / "loose.jpg").write_bytes(good)
+    (source / "cut.tar").write_bytes(make_tar([(f"{i}.jpg", good) for i in range(4)])[:-11000])
+    report = run(source, target)
+    images = load_images(target).set_index("image_id")
+    assert len(images) == 70 + 3 + 2 + 1 + 1
+    assert images.loc["cut.tar", ["shard_index", "shard_size", "error_stage"]].tolist() == [-1, 0, "read"]
+    failed = images[images.status == "failed"]
+    assert sorted(failed.index) == ["c.parquet/q", "cut.tar", "sub/b.tar/broken.jpg", "sub/b.tar/empty.jpg"]
+    assert (failed.error_message.str.len() > 10).all()
+    sizes = (
+        images.drop("cut.tar").groupby("shard", observed=True).shard_size.agg(["nunique", "first", "size"])
+    )
+    assert (sizes["nunique"] == 1).all()
+    assert (sizes["first"] == sizes["size"]).all()
+    assert images.num_detections.sum() == len(load_detections(target))
+    assert (report.num_images, report.num_failed) == (77, 4)
+    assert verify(str(source), str(target)).problems == []
+
+
+def test_a_second_run_infers_nothing_and_a_new_shard_only_itself(folders, seen):
+    source, target = folders
+    make_tar_shard(source / "a.tar", 4)
+    run(source, target, seen.detector)
+    assert seen.ids() == [f"a.tar/{i:03}.jpg" for i in range(4)]
+    before = tables(target)
+    run(source, target, seen.detector)
+    assert len(seen.ids()) == 4
+    assert tables(target) == before
+    make_tar_shard(source / "b.tar", 3, seed=9)
+    run(source, target, seen.detector)
+    assert seen.ids()[4:] == [f"b.tar/{i:03}.jpg" for i in range(3)]
+    assert verify(str(source), str(target)).problems == []
+
+
+def test_an_unfinished_shard_skips_its_finished_images(folders, seen):
+    from pipeline.results.parts import part_names, read_parts
+
+    source, target = folders
+    make_tar_shard(source / "a.tar", 100)
+    run(source, target, batch_size=32)
+    whole = tables(target)
+    # Take the table back to what a run leaves that was killed after its first part.
+    other = target.with_name("other")
+    run(source, other, limit=1)
+    assert len(part_names(str(other), "images")) == 1
+    _keep_first_rows(other, 64)
+    assert [part.num_images for part in read_parts(str(other))] == [64]
+    run(source, other, seen.detector)
+    assert seen.ids() == [f"a.tar/{i:03}.jpg" for i in range(64, 100)]
+    assert tables(other) == whole
+
+
+def _keep_first_rows(target, count):
+    """Rewrite the only part of `target` with its first images."""
+    import pyarrow.parquet as pq
+
+    from pipeline.inference.ledger import _select
+    from pipeline.results.parts import read_parts
+
+    (part,) = read_parts(str(target))
+    paths = target / "images" / part.name, target / "detections" / part.detections
+    images, boxes = (pq.read_table(path) for path in paths)
+    for path, table in zip(paths, _select(images, boxes, list(range(count))), strict=True):
+        pq.write_table(table.replace_schema_metadata(pq.read_metadata(path).metadata), path)
+
+
+def test_retrying_failed_images_replaces_their_rows(folders, seen):
+    source, target = folders
+    good = make_jpeg(seed=3)
+    members = [("a.jpg", make_jpeg(seed=1)), ("b.jpg", good[:300]), ("c.jpg", make_jpeg(seed=2))]
+    source.mkdir()
+    (source / "x.tar").write_bytes(make_tar(members))
+    assert run(source, target, max_failed_fraction=1).num_failed == 1
+    # The same bytes decode now: the shard keeps size and time of change, so only the content heals.
+    stat = (source / "x.tar").stat()
+    healed = bytearray((source / "x.tar").read_bytes())
+    start = healed.index(good[:300])
+    small = make_jpeg(8, 8, quality=30)
+    assert len(small) <= 300 or pytest.fail("make the healed image smaller")
+    healed[start : start + 300] = small + bytes(300 - len(small))
+    (source / "x.tar").write_bytes(healed)
+    os.utime(source / "x.tar", ns=(stat.st_atime_ns, stat.st_mtime_ns))
+    report = run(source, target, seen.detector, retry_failed=True)
+    assert seen.ids() == ["x.tar/b.jpg"]
+    assert (report.num_images, report.num_failed) == (3, 0)
+    assert pd.read_parquet(target / "images").status.tolist() == ["ok"] * 3
+    assert verify(str(source), str(target)).problems == []
+
+
+def test_retrying_keeps_what_fails_again(folders):
+    source, target = folders
+    make_tar_shard(source / "x.tar", {"a.jpg": make_jpeg(), "b.jpg": b"\xff\xd8 broken"})
+    for retry in (False, True, True):
+        report = run(source, target, retry_failed=retry, max_failed_fraction=1)
+        assert (report.num_images, report.num_failed) == (2, 1)
+        assert len(pd.read_parquet(target / "images")) == 2
+    assert verify(str(source), str(target)).problems == []
+
+
+def test_a_changed_shard_is_refused_and_redone_by_flag(folders):
+    source, target = folders
+    make_tar_shard(source / "x.tar", 3)
+    make_tar_shard(source / "y.tar", 2, seed=50)
+    run(source, target)
+    make_tar_shard(source / "x.tar", 5, seed=80)
+    with pytest.raises(ConfigError, match=r"1 shards changed .* x\.tar"):
+        run(source, target)
+    assert run(source, target, redo_changed=True).num_images == 7
+    fresh = target.with_name("fresh")
+    run(source, fresh)
+    assert tables(target) == tables(fresh)
+    assert verify(str(source), str(target)).problems == []
+
+
+def test_other_settings_are_refused_with_the_difference(folders):
+    source, target = folders
+    make_tar_shard(source / "x.tar", 3)
+    run(source, target)
+    with pytest.raises(ConfigError, match=r"score_threshold was 0\.05, now 0\.5"):
+        run(source, target, score_threshold=0.5)
+    assert run(source, target, score_threshold=0.5, overwrite=True).num_images == 3
+
+
+def test_a_second_run_at_the_same_time_is_refused(folders):
+    from pipeline.inference.lock import Lock
+
+    source, target = folders
+    make_tar_shard(source / "x.tar", 3)
+    with Lock(str(target)), pytest.raises(ConfigError, match="another run is writing"):
+        run(source, target)
+
+
+def test_foreign_files_in_the_output_are_never_touched(folders):
+    source, target = folders
+    make_tar_shard(source / "x.tar", 3)
+    target.mkdir()
+    (target / "thesis.txt").write_text("precious")
+    for overwrite in (False, True):
+        with pytest.raises(ConfigError, match=r"other files|no run wrote"):
+            run(source, target, overwrite=overwrite)
+    assert (target / "thesis.txt").read_text() == "precious"
+
+
+def test_too_many_failures_end_the_run_early_and_say_so(folders):
+    source, target = folders
+    bad = {f"{i}.jpg": b"broken" for i in range(700)}
+    for name in "abcdef":
+        make_tar_shard(source / f"{name}.tar", bad)
+    report = run(source, target)
+    assert report.over_budget
+    assert report.stopped_early
+    assert 1000 <= report.num_images < 4200
+
+
+def test_a_few_failures_are_over_a_small_budget_only_at_the_end(folders):
+    source, target = folders
+    make_tar_shard(source / "x.tar", {"a.jpg": make_jpeg(), "b.jpg": b"broken"})
+    report = run(source, target, max_failed_fraction=0.4)
+    assert report.over_budget
+    assert not report.stopped_early
+
+
+def test_an_empty_shard_and_no_boxes_leave_readable_tables(folders):
+    source, target = folders
+    source.mkdir()
+    (source / "empty.tar").write_bytes(make_tar([]))
+    make_tar_shard(source / "x.tar", 2)
+    run(source, target, fakes.NullDetector, max_failed_fraction=1)
+    assert len(load_detections(target)) == 0
+    assert pd.read_parquet(target / "detections").columns.tolist()[:2] == ["image_id", "detection_id"]
+    assert verify(str(source), str(target)).problems == []
+
+
+class DyingReader:
+    """`read_blocks` that kills its process once, before a given block."""
+
+    def __init__(self, folder, block):
+        self.folder, self.block = folder, block
+
+    def __call__(self, work, settings):
+        for number, block in enumerate(blocks.read_blocks(work, settings)):
+            if number == self.block:
+                try:
+                    (Path(self.folder) / work[0].shard.name).touch(exist_ok=False)
+                    os.kill(os.getpid(), signal.SIGKILL)
+                except FileExistsError:
+                    pass
+            yield block
+
+
+@pytest.mark.parametrize("block", [0, 1, 3])
+def test_a_reader_killed_in_a_shard_loses_and_repeats_nothing(folders, tmp_path, monkeypatch, block):
+    from pipeline.inference import run as module
+
+    source, target = folders
+    for name in "ab":
+        make_tar_shard(source / f"{name}.tar", 200, seed=ord(name))
+    run(source, target)
+    deaths = tmp_path / "deaths"
+    deaths.mkdir()
+    monkeypatch.setattr(module, "read_blocks", DyingReader(str(deaths), block))
+    killed = target.with_name("killed")
+    run(source, killed)
+    assert sorted(path.name for path in deaths.iterdir()) == ["a.tar", "b.tar"]
+    assert tables(killed) == tables(target)
+
+
+def test_a_detector_killed_in_a_batch_loses_and_repeats_nothing(folders, tmp_path):
+    class DyingDetector(fakes.FakeDetector):
+        """Kills its process once."""
+
+        def __call__(self, block):
+            try:
+                (tmp_path / "died").touch(exist_ok=False)
+            except FileExistsError:
+                return super().__call__(block)
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    source, target = folders
+    make_tar_shard(source / "a.tar", 200)
+    run(source, target)
+    killed = target.with_name("killed")
+    run(source, killed, DyingDetector)
+    assert (tmp_path / "died").exists()
+    assert tables(killed) == tables(target)
+
+
+def test_the_report_says_what_the_tables_say(folders):
+    source, target = folders
+    make_tar_shard(source / "x.tar", 10)
+    report = run(source, target)
+    assert json.loads((target / "_run/report.json").read_text()) == dataclasses.asdict(report)
+    boxes = load_detections(target)
+    assert report.num_detections == len(boxes)
+    assert report.classes == boxes.class_name.value_counts()[lambda n: n > 0].to_dict()
+
+
+def test_files_carry_the_contract_and_two_runs_are_equal_to_the_byte(folders):
+    import pyarrow.parquet as pq
+
+    from pipeline import schema
+
+    source, target = folders
+    make_tar_shard(source / "x.tar", 100)
+    run(source, target)
+    other = target.with_name("other")
+    run(source, other, batch_size=8)
+    assert tables(target) == tables(other)
+    for table, columns in (("images", schema.IMAGES), ("detections", schema.DETECTIONS)):
+        (path,) = (target / table).iterdir()
+        data = path.read_bytes()
+        assert pq.read_schema(io.BytesIO(data)).equals(columns)
+        assert schema.META_FINGERPRINT in (pq.read_metadata(io.BytesIO(data)).metadata or {})
