@@ -136,7 +136,8 @@ def _open_results(uri: str, truth: GroundTruth) -> ResultsFile:
         strange = coco_ids[~known][0]
         raise ConfigError(f"{uri}: image {strange} is not in the annotations; are they of the same data set?")
     annotated = np.isin(labels, list(truth.class_names))
-    index = np.searchsorted(truth.coco_ids, coco_ids).astype(np.int32)
+    order = np.argsort(truth.coco_ids)
+    index = order[np.searchsorted(truth.coco_ids[order], coco_ids)].astype(np.int32)
     return ResultsFile(
         detected=Detected(index, boxes_xywh, labels, scores).select(annotated),
         counts=dict(Counter(labels[annotated].tolist())),

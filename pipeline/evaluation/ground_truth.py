@@ -1,28 +1,74 @@
-"""Read annotations: a COCO instances file, a VOC folder, or annotated shards."""
+"""Read annotations: a COCO instances file, a PASCAL VOC folder, or annotated shards."""
 
 import json
+import posixpath
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 
 from pipeline import storage
-from pipeline.errors import ConfigError
+from pipeline.data.annotations import CLASSES_FILE, parse_annotation, read_classes
+from pipeline.data.shards import list_shards, read_shard
+from pipeline.data.voc import read_voc
+from pipeline.errors import ConfigError, ImageError
 from pipeline.evaluation.boxsets import GroundTruth
 
 
-def read_ground_truth(uri: str) -> GroundTruth:
+def read_ground_truth(uri: str, *, split: str = "") -> GroundTruth:
     """Read the annotated boxes of a data set.
 
     Args:
-        uri: a COCO instances `.json`; a VOC folder (with `Annotations/`) or image list
-            (`ImageSets/Main/test.txt`); or the folder of annotated shards that `jobs/make_shards.py` wrote.
+        uri: a COCO instances `.json`; a VOC folder (with `JPEGImages/` and `Annotations/`); or the folder of
+            annotated shards that `jobs/make_shards.py` wrote.
+        split: VOC: only the images that `ImageSets/Main/<split>.txt` lists.
 
     Raises:
-        ConfigError: nothing there, or not of one of these forms.
+        ConfigError: nothing there, not of one of these forms, or damaged.
     """
     if uri.endswith(".json"):
         return _from_coco(uri)
-    raise ConfigError(uri)
+    root = posixpath.dirname(uri.rstrip("/")) if uri.rstrip("/").endswith("/Annotations") else uri
+    names = storage.list_names(root)
+    if "JPEGImages" in names:
+        return _from_voc(root, split)
+    if CLASSES_FILE in names:
+        return _from_shards(uri)
+    raise ConfigError(
+        f"--annotations {uri} is no COCO .json, no VOC folder (with JPEGImages/) "
+        f"and no annotated shards (with {CLASSES_FILE})"
+    )
+
+
+@dataclass(frozen=True)
+class _Row:
+    """One annotated box."""
+
+    image: int
+    label: int
+    xywh: tuple[float, float, float, float]
+    area: float
+    crowd: bool
+    difficult: bool
+
+
+def _ground_truth(
+    image_ids: list[str], class_names: dict[int, str], rows: list[_Row], coco_ids: list[int] | None
+) -> GroundTruth:
+    return GroundTruth(
+        image_ids=tuple(image_ids),
+        class_names=class_names,
+        image_index=np.array([row.image for row in rows], np.int32),
+        boxes_xywh=np.array([row.xywh for row in rows], np.float64).reshape(-1, 4),
+        labels=np.array([row.label for row in rows], np.int32),
+        areas=np.array([row.area for row in rows], np.float64),
+        crowd=np.array([row.crowd for row in rows], bool),
+        difficult=np.array([row.difficult for row in rows], bool),
+        coco_ids=None if coco_ids is None else np.array(coco_ids, np.int64),
+    )
+
+
+# ---- COCO --------------------------------------------------------------------------------------------
 
 
 def _from_coco(uri: str) -> GroundTruth:
@@ -30,21 +76,71 @@ def _from_coco(uri: str) -> GroundTruth:
         data = json.loads(storage.read_bytes(uri))
         images = sorted(data["images"], key=lambda image: image["id"])
         index = {image["id"]: i for i, image in enumerate(images)}
-        boxes = [box for box in data["annotations"] if "bbox" in box]
-        return GroundTruth(
-            image_ids=tuple(image["file_name"] for image in images),
-            class_names={category["id"]: category["name"] for category in data["categories"]},
-            image_index=np.array([index[box["image_id"]] for box in boxes], np.int32),
-            boxes_xywh=np.array([box["bbox"] for box in boxes], np.float64).reshape(-1, 4),
-            labels=np.array([box["category_id"] for box in boxes], np.int32),
-            areas=np.array([_area(box) for box in boxes], np.float64),
-            crowd=np.array([bool(box.get("iscrowd", 0)) for box in boxes], bool),
-            difficult=np.array([bool(box.get("difficult", 0)) for box in boxes], bool),
-            coco_ids=np.array([image["id"] for image in images], np.int64),
+        rows = [_coco_row(box, index[box["image_id"]]) for box in data["annotations"] if "bbox" in box]
+        return _ground_truth(
+            [image["file_name"] for image in images],
+            {category["id"]: category["name"] for category in data["categories"]},
+            rows,
+            [image["id"] for image in images],
         )
     except (KeyError, TypeError, ValueError) as error:
         raise ConfigError(f"{uri} is no COCO instances file: {type(error).__name__} {error}") from error
 
 
-def _area(box: dict[str, Any]) -> float:
-    return box["area"] if "area" in box else box["bbox"][2] * box["bbox"][3]
+def _coco_row(box: dict[str, Any], image: int) -> _Row:
+    x, y, w, h = box["bbox"]
+    area = box.get("area", w * h)
+    return _Row(
+        image, box["category_id"], (x, y, w, h), area, bool(box.get("iscrowd")), bool(box.get("difficult"))
+    )
+
+
+# ---- VOC ---------------------------------------------------------------------------------------------
+
+
+def _from_voc(root: str, split: str) -> GroundTruth:
+    """Also boxes of one pixel (xmin = xmax), which the devkit counts and training leaves out."""
+    source = read_voc(root, split=split)
+    assert source.classes is not None  # it has XML files
+    class_names = dict(zip(source.classes.ids, source.classes.names, strict=True))
+    labels = {name: label for label, name in class_names.items()}
+    rows = []
+    for i, image in enumerate(source.images):
+        for box in image.boxes or ():
+            if box.xyxy is None or box.class_name not in labels:
+                raise ConfigError(f"{box.where}: no class name or not four numbers; correct the file")
+            xywh = _xywh(*box.xyxy)
+            rows.append(_Row(i, labels[box.class_name], xywh, xywh[2] * xywh[3], box.crowd, box.difficult))
+    return _ground_truth([image.name for image in source.images], class_names, rows, None)
+
+
+def _xywh(xmin: float, ymin: float, xmax: float, ymax: float) -> tuple[float, float, float, float]:
+    return xmin, ymin, xmax - xmin, ymax - ymin
+
+
+# ---- shards ------------------------------------------------------------------------------------------
+
+
+def _from_shards(uri: str) -> GroundTruth:
+    classes = read_classes(uri)
+    image_ids: list[str] = []
+    coco_ids: list[int | None] = []
+    rows: list[_Row] = []
+    for shard in list_shards(uri):
+        for raw in read_shard(shard):
+            try:
+                found = parse_annotation(raw.annotation, classes, image_id=raw.image_id)
+            except ImageError as error:
+                raise ConfigError(f"{shard.uri}: {error}") from error
+            numbers = zip(found.labels, found.boxes.tolist(), found.crowd, found.difficult, strict=True)
+            for number, box, crowd, difficult in numbers:
+                xywh = _xywh(*box)
+                label = classes.ids[number - 1]
+                area = xywh[2] * xywh[3]
+                rows.append(_Row(len(image_ids), label, xywh, area, bool(crowd), bool(difficult)))
+            image_ids.append(raw.image_id)
+            coco_ids.append(found.image_id)
+    known = [number for number in coco_ids if number is not None]
+    usable = len(set(known)) == len(image_ids)
+    class_names = dict(zip(classes.ids, classes.names, strict=True))
+    return _ground_truth(image_ids, class_names, rows, known if usable else None)

@@ -75,9 +75,10 @@ def match_coco(
 def match_voc(truth: GroundTruth, detected: Detected, label: int, *, iou: float = 0.5) -> Matches:
     """Match one class as the VOC devkit does (`VOCevaldet.m`).
 
-    Boxes cover whole pixels, so a box from x1 to x2 is x2 - x1 + 1 wide. A detection looks only at the
-    annotated box with the highest IoU: at or above the threshold it is right if it is the first one there,
-    wrong if not, ignored if that box is difficult; below the threshold it is wrong.
+    A detection looks only at the annotated box with the highest IoU: at or above the threshold it is right
+    if it is the first one there, wrong if not, ignored if that box is difficult; below the threshold it is
+    wrong. The devkit counts whole pixels, both ends included, so a box is xmax - xmin + 1 wide; here boxes
+    are continuous (pixel 1 is 0..1, see `data.voc`), and the same width is xmax - xmin.
     """
     of_class_G = truth.labels == label
     columns = _of_class(detected, label)
@@ -88,7 +89,7 @@ def match_voc(truth: GroundTruth, detected: Detected, label: int, *, iou: float 
     for rows, truths in _images(columns.image_index, truth.image_index, of_class_G):
         if not len(truths):
             continue
-        ious_dg = _voc_ious(columns.boxes_xywh[rows], truth.boxes_xywh[truths])
+        ious_dg = box_ious(columns.boxes_xywh[rows], truth.boxes_xywh[truths])
         best_d, found = ious_dg.argmax(axis=1), set()
         for row, best, overlap in zip(rows, best_d, ious_dg.max(axis=1), strict=True):
             if overlap < iou:
@@ -141,24 +142,17 @@ def _take_coco(
 
 
 def _coco_ious(boxes_d4: np.ndarray, boxes_g4: np.ndarray, crowd_g: np.ndarray) -> np.ndarray:
-    overlap_dg = _overlap(boxes_d4, boxes_g4, extra=0.0)
+    overlap_dg = _overlap(boxes_d4, boxes_g4)
     areas_d = (boxes_d4[:, 2] * boxes_d4[:, 3])[:, None]
     areas_g = boxes_g4[:, 2] * boxes_g4[:, 3]
     union_dg = np.where(crowd_g, areas_d, areas_d + areas_g - overlap_dg)
     return np.divide(overlap_dg, union_dg, out=np.zeros_like(overlap_dg), where=union_dg > 0)
 
 
-def _voc_ious(boxes_d4: np.ndarray, boxes_g4: np.ndarray) -> np.ndarray:
-    overlap_dg = _overlap(boxes_d4, boxes_g4, extra=1.0)
-    areas_d = ((boxes_d4[:, 2] + 1) * (boxes_d4[:, 3] + 1))[:, None]
-    areas_g = (boxes_g4[:, 2] + 1) * (boxes_g4[:, 3] + 1)
-    return overlap_dg / (areas_d + areas_g - overlap_dg)
-
-
-def _overlap(boxes_d4: np.ndarray, boxes_g4: np.ndarray, *, extra: float) -> np.ndarray:
+def _overlap(boxes_d4: np.ndarray, boxes_g4: np.ndarray) -> np.ndarray:
     starts = np.maximum(boxes_d4[:, None, :2], boxes_g4[None, :, :2])
     ends = np.minimum((boxes_d4[:, :2] + boxes_d4[:, 2:])[:, None], (boxes_g4[:, :2] + boxes_g4[:, 2:])[None])
-    return np.clip(ends - starts + extra, 0, None).prod(axis=2)
+    return np.clip(ends - starts, 0, None).prod(axis=2)
 
 
 # ---- columns -----------------------------------------------------------------------------------------

@@ -80,6 +80,7 @@ def evaluate(
     *,
     metric: Metric = "coco",
     score_threshold: float = 0.5,
+    split: str = "",
     partial: bool = False,
     distributed: bool = False,
 ) -> Evaluation:
@@ -90,13 +91,14 @@ def evaluate(
         annotations: see `read_ground_truth`.
         metric: "coco" (the 12 numbers), "voc" (area under the curve, IoU 0.5) or "voc07" (11 points).
         score_threshold: the one in use, for precision, recall and confusion.
+        split: VOC: only the images of this list.
         partial: measure only the annotated images that are in the run.
         distributed: measure groups of classes on the Ray cluster.
 
     Raises:
         ConfigError: one of them is not there or not readable, or they don't belong together.
     """
-    source, truth = open_detections(detections, read_ground_truth(annotations), partial=partial)
+    source, truth = open_detections(detections, read_ground_truth(annotations, split=split), partial=partial)
     return measure(truth, source, metric=metric, score_threshold=score_threshold, distributed=distributed)
 
 

@@ -5,7 +5,8 @@ from pipeline.evaluation.average_precision import all_point_ap, coco_ap, precisi
 from pipeline.evaluation.matching import match_coco, match_voc
 from tests.evaluation.cases import detected, truth
 
-# The seven images of rafaelpadilla/Object-Detection-Metrics, samples/sample_2: one class, xywh.
+# The seven images of rafaelpadilla/Object-Detection-Metrics, samples/sample_2: one class, xywh, where the
+# last pixel belongs to the box (its published numbers hold only with widths of w + 1).
 PADILLA_TRUTH = [
     (0, (25, 16, 38, 56)), (0, (129, 123, 41, 62)), (1, (123, 11, 43, 55)), (1, (38, 132, 59, 45)),
     (2, (16, 14, 35, 48)), (2, (123, 30, 49, 44)), (2, (99, 139, 47, 47)), (3, (53, 42, 40, 52)),
@@ -34,9 +35,14 @@ def voc_aps(annotated, found, **settings):
     return voc07_ap(precision, recall), all_point_ap(precision, recall)
 
 
+def whole_pixels(box):
+    x, y, w, h = box
+    return x, y, w + 1, h + 1
+
+
 def test_the_published_answers_of_the_padilla_images_are_reproduced():
-    annotated = truth(*[(image, 1, box) for image, box in PADILLA_TRUTH])
-    found = detected(*[(image, 1, box, score) for image, box, score in PADILLA_DETECTED])
+    annotated = truth(*[(image, 1, whole_pixels(box)) for image, box in PADILLA_TRUTH])
+    found = detected(*[(image, 1, whole_pixels(box), score) for image, box, score in PADILLA_DETECTED])
     assert voc_aps(annotated, found, iou=0.3) == pytest.approx((0.268398, 0.245687), abs=1e-6)
 
 
@@ -47,17 +53,16 @@ def test_perfect_detections_give_one():
     assert coco_ap(*precision_recall(match_coco(annotated, found, 1), 9)) == 1.0
 
 
-def test_a_box_with_iou_of_exactly_one_half_is_right_only_with_the_extra_pixel():
-    """Widths 9 and 19: 10 / 20 = 0.5 counting whole pixels (devkit), 9 / 19 < 0.5 without (COCO)."""
-    annotated = truth((0, 1, (0, 0, 19, 9)))
-    found = detected((0, 1, (0, 0, 9, 9), 0.9))
+def test_an_iou_of_exactly_one_half_is_right():
+    annotated = truth((0, 1, (0, 0, 20, 10)))
+    found = detected((0, 1, (0, 0, 10, 10), 0.9))
     assert flags(match_voc(annotated, found, 1)) == ([True], [False])
-    assert flags(match_coco(annotated, found, 1)) == ([False], [False])
+    assert flags(match_coco(annotated, found, 1)) == ([True], [False])
 
 
 def test_just_below_one_half_is_wrong():
-    annotated = truth((0, 1, (0, 0, 19.01, 9)))
-    assert flags(match_voc(annotated, detected((0, 1, (0, 0, 9, 9), 0.9)), 1)) == ([False], [False])
+    annotated = truth((0, 1, (0, 0, 20.01, 10)))
+    assert flags(match_voc(annotated, detected((0, 1, (0, 0, 10, 10), 0.9)), 1)) == ([False], [False])
 
 
 def test_a_difficult_box_is_neither_asked_for_nor_punished():

@@ -1,0 +1,5 @@
+"""Measure detections against annotations: AP of COCO and VOC, and what it takes to use a detector."""
+
+from pipeline.evaluation.run import Evaluation, Metric, evaluate, numbers
+
+__all__ = ["Evaluation", "Metric", "evaluate", "numbers"]
