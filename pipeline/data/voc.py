@@ -93,7 +93,7 @@ def _split_keys(annotations_uri: str, split: str, uris: Mapping[str, str]) -> li
     missing = [key for key in keys if key not in uris]
     if missing:
         raise ConfigError(
-            f"--split {split}: no XML file for {', '.join(missing[:3])} ({len(missing)} in all)"
+            f"--split {split}: {len(missing)} have no XML file, such as {', '.join(missing[:3])}"
         )
     if not keys:
         raise ConfigError(f"--split {split}: {uri} is empty")
