@@ -5,7 +5,6 @@ checkpoint or of a public release's file.
 """
 
 import hashlib
-import io
 import json
 import struct
 from importlib import resources
@@ -13,7 +12,6 @@ from pathlib import Path
 
 import safetensors.torch
 import torch
-from torch import Tensor
 
 from pipeline import storage
 from pipeline.errors import CheckpointError, StorageError
@@ -50,10 +48,13 @@ def save_checkpoint(model: SSD, path: str | Path, *, dtype: torch.dtype = torch.
 
 
 def load_checkpoint(source: str | Path) -> SSD:
-    """The model of bundled weights, of a checkpoint or of a public release's file; float32, eval mode, on the CPU.
+    """The model of bundled weights, of a checkpoint or of a public release's file.
 
     Args:
         source: see the module's docstring.
+
+    Returns:
+        The model in eval mode, float32, on the CPU.
 
     Raises:
         CheckpointError: no such weights, or a file that is none.
@@ -65,7 +66,11 @@ def load_checkpoint(source: str | Path) -> SSD:
         return torchvision.convert(torchvision.download(source.removeprefix(_TORCHVISION))).eval()
     data = read_weights(source)
     spec = _spec_in(data)
-    return (_import(data, source) if spec is None else _load(data, spec, source)).eval()
+    if spec is None:
+        from pipeline.model.importers.releases import import_release
+
+        return import_release(data, source).eval()
+    return _load(data, spec, source).eval()
 
 
 def read_spec(source: str | Path) -> ModelSpec:
@@ -90,7 +95,7 @@ def read_spec(source: str | Path) -> ModelSpec:
 
 
 def weights_sha256(source: str | Path) -> str:
-    """SHA-256 of the weights file, in hexadecimal digits; of `torchvision:` weights the name that holds their hash."""
+    """SHA-256 of the weights file in hexadecimal digits; of `torchvision:` the name, which holds a hash."""
     source = str(source)
     if source.startswith(_TORCHVISION):
         from pipeline.model.importers import torchvision
@@ -116,8 +121,8 @@ def _location(source: str) -> str:
 
 def _not_found(source: str, error: StorageError) -> CheckpointError:
     return CheckpointError(
-        f"no weights {source!r} ({error}); give a checkpoint's path or URI, torchvision:<name>, or one of the "
-        f"bundled {', '.join(bundled_weights())}"
+        f"no weights {source!r} ({error}); give a checkpoint's path or URI, torchvision:<name>, or one of "
+        f"the bundled {', '.join(bundled_weights())}"
     )
 
 
@@ -148,31 +153,3 @@ def _load(data: bytes, spec: ModelSpec, source: str) -> SSD:
             f"{source}: damaged, or not the weights of {spec.architecture}: {error}"
         ) from error
     return model
-
-
-def _import(data: bytes, source: str) -> SSD:
-    """The model of a public release's file."""
-    from pipeline.model.importers import tensorflow, torchvision
-
-    tensors = _read_tensors(data, source)
-    for importer in (torchvision, tensorflow):
-        if importer.recognises(tensors):
-            return importer.convert(tensors)
-    raise CheckpointError(
-        f"{source}: weights of an unknown release (first names: {', '.join(list(tensors)[:3])}); known are "
-        "checkpoints of this package, torchvision's ssd300_vgg16 and ssdlite320_mobilenet_v3_large, and TensorFlow's "
-        "ssdlite_mobilenet_v2"
-    )
-
-
-def _read_tensors(data: bytes, source: str) -> dict[str, Tensor]:
-    """The tensors of a safetensors file, or of a pickle that holds nothing else."""
-    try:
-        if data[8:9] == b"{":
-            return safetensors.torch.load(data)
-        tensors = torch.load(io.BytesIO(data), map_location="cpu", weights_only=True)
-    except Exception as error:  # torch.load raises whatever the damaged bytes lead to
-        raise CheckpointError(f"{source}: no checkpoint that can be read ({error})") from error
-    if not isinstance(tensors, dict):
-        raise CheckpointError(f"{source}: holds a {type(tensors).__name__}, not tensors by name")
-    return tensors
