@@ -44,7 +44,10 @@ def compare(
     if num_resamples:
         ours_S = resampled_aps(new, num_resamples, seed).mean(axis=1)
         theirs_S = resampled_aps(baseline, num_resamples, seed).mean(axis=1)
-        found["difference_interval"] = {"level": 0.95, name: list(interval(ours_S - theirs_S))}
+        found["difference_interval"] = {
+            "level": 0.95,
+            name: list(interval(ours_S - theirs_S, ours[name] - theirs[name])),
+        }
     return found
 
 

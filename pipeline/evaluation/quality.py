@@ -76,13 +76,19 @@ def _resampled_class_ap(
     return aps_ST
 
 
-def interval(values_S: np.ndarray, level: float = 0.95) -> tuple[float, float]:
-    """The central part of the values that holds `level` of them; NaN where there is none."""
+def interval(values_S: np.ndarray, measured: float, *, level: float = 0.95) -> tuple[float, float]:
+    """The central part of the resampled values that holds `level` of them, moved onto the measured value.
+
+    AP of resamples is higher than AP of the set, as they hold fewer different images (COCO-like 5,000 images:
+    0.044 against 0.042, as with half of the images drawn without replacement), so only their spread is used.
+    NaN where there is no value.
+    """
     values_S = values_S[~np.isnan(values_S)]
     if not len(values_S):
         return float("nan"), float("nan")
     low, high = np.quantile(values_S, [(1 - level) / 2, (1 + level) / 2])
-    return float(low), float(high)
+    shift = measured - values_S.mean()
+    return float(low + shift), float(high + shift)
 
 
 # ---- in use, at a score threshold --------------------------------------------------------------------

@@ -190,7 +190,7 @@ def numbers(evaluation: Evaluation, *, num_resamples: int = 0, seed: int = 0) ->
     truth, source = evaluation.truth, evaluation.source
     found: dict[str, Any] = {"metric": evaluation.metric, **_headline(evaluation)}
     if num_resamples:
-        found["confidence_intervals"] = _intervals(evaluation, num_resamples, seed)
+        found["confidence_intervals"] = _intervals(evaluation, found, num_resamples, seed)
     found |= {
         "num_images": truth.num_images,
         "num_failed_images": source.num_failed,
@@ -269,12 +269,15 @@ def _per_class(evaluation: Evaluation) -> dict[int, dict[str, Any]]:
     return rows
 
 
-def _intervals(evaluation: Evaluation, num_resamples: int, seed: int) -> dict[str, Any]:
+def _intervals(
+    evaluation: Evaluation, measured: dict[str, Any], num_resamples: int, seed: int
+) -> dict[str, Any]:
     aps_ST = resampled_aps(evaluation, num_resamples, seed)
     found: dict[str, Any] = {"level": 0.95, "num_resamples": num_resamples, "seed": seed}
-    found[evaluation.main_name] = _plain(interval(aps_ST.mean(axis=1)))
+    name = evaluation.main_name
+    found[name] = _plain(interval(aps_ST.mean(axis=1), measured[name]))
     if evaluation.metric == "coco":
-        found["AP50"] = _plain(interval(aps_ST[:, 0]))
+        found["AP50"] = _plain(interval(aps_ST[:, 0], measured["AP50"]))
     return found
 
 

@@ -73,10 +73,24 @@ def test_images_are_drawn_with_replacement_as_many_as_there_are():
     assert draws.max() > 1
 
 
-def test_the_interval_holds_the_central_share():
-    assert interval(np.arange(1001.0), 0.9) == pytest.approx((50, 950))
-    assert interval(np.array([np.nan, 2.0])) == (2, 2)
-    assert all(math.isnan(end) for end in interval(np.array([np.nan])))
+def test_the_interval_holds_the_central_share_around_the_measured_value():
+    assert interval(np.arange(1001.0), 500, level=0.9) == pytest.approx((50, 950))
+    assert interval(np.arange(1001.0), 20, level=0.9) == pytest.approx((-430, 470))
+    assert interval(np.array([np.nan, 2.0]), 2.0) == (2, 2)
+    assert all(math.isnan(end) for end in interval(np.array([np.nan]), 1.0))
+
+
+def test_the_interval_is_as_wide_as_ap_varies_between_data_sets():
+    """95 % of sets of the same kind lie within it: its width is about 4 standard deviations of their AP."""
+    rng = np.random.default_rng(0)
+    aps, widths = [], []
+    for _ in range(60):
+        annotated, found = random_case(rng, num_images=60, num_classes=1)
+        matches = [match_coco(annotated, found, 1, ious_T=np.array([0.5]))]
+        aps.append(coco_ap(*precision_recall(matches[0])))
+        low, high = interval(resampled_ap(matches, resample_images(rng, 60, 100), coco_ap)[:, 0], aps[-1])
+        widths.append(high - low)
+    assert np.mean(widths) == pytest.approx(2 * 1.96 * np.std(aps), rel=0.3)
 
 
 def test_without_annotations_a_resample_measures_nothing():
