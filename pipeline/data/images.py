@@ -35,6 +35,7 @@ _STARTS = (
 
 # Temporaries of 0.3 MB stay in L2: 1.2 ms where all 300 rows at once take 3.2 ms (640x480 to 300x300).
 _ROWS_AT_A_TIME = 16
+_STRIP_PIXELS = 1_000_000
 
 
 @dataclass(frozen=True, slots=True)
@@ -179,7 +180,18 @@ def _decode_jpeg(data: bytes) -> np.ndarray | None:
 
 
 def _to_rgb(image: Image.Image) -> np.ndarray:
-    """The pixels of a loaded image as uint8 [H, W, 3]."""
+    """The pixels of a loaded image as uint8 [H, W, 3], in strips: 50 MP at once took 325 MiB more."""
+    num_rows = max(1, _STRIP_PIXELS // image.width)
+    if image.height <= num_rows:
+        return _strip_to_rgb(image)
+    pixels = np.empty((image.height, image.width, 3), np.uint8)
+    for top in range(0, image.height, num_rows):
+        bottom = min(top + num_rows, image.height)
+        pixels[top:bottom] = _strip_to_rgb(image.crop((0, top, image.width, bottom)))
+    return pixels
+
+
+def _strip_to_rgb(image: Image.Image) -> np.ndarray:
     if image.mode.startswith("I") or image.mode == "F":
         return np.repeat(_upper_8_bits(image)[..., None], 3, axis=2)
     if image.has_transparency_data:

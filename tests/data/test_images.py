@@ -13,6 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image, ImageOps
 
+from pipeline.data import images
 from pipeline.data.images import decode_image, image_size, resize_image
 from pipeline.errors import ImageError
 from tests import oracles
@@ -114,6 +115,16 @@ def test_16_bits_keep_their_upper_8():
     decoded = decode_image(encode(Image.fromarray(grey), "PNG"))
 
     np.testing.assert_array_equal(decoded.pixels[0, :, 2], [0, 0, 1, 128, 255])
+
+
+@pytest.mark.parametrize("mode", ["RGB", "RGBA", "P", "CMYK", "L"])
+def test_large_images_converted_in_strips_are_the_same(monkeypatch, mode):
+    data = encode(Image.fromarray(make_image(40, 31)).convert(mode), "TIFF")
+    whole = decode_image(data)
+
+    monkeypatch.setattr(images, "_STRIP_PIXELS", 200)
+
+    np.testing.assert_array_equal(decode_image(data).pixels, whole.pixels)
 
 
 def test_float_pixels_are_refused():
