@@ -26,7 +26,7 @@ def compare_runs(
         iou: smallest overlap of the same detection.
 
     Returns:
-        Rows of `detections/`, sorted by image, with a first column `change`: "gained" (only in the new run) or
+        Rows of `detections/` by image, with a first column `change`: "gained" (only in the new run) or
         "lost".
 
     Raises:
