@@ -118,7 +118,7 @@ def _decode(raw: RawImage, settings: ReadSettings) -> tuple[dict[str, object], n
     start = time.perf_counter()
     row: dict[str, object] = {
         "image_id": raw.image_id, "uri": raw.uri, "shard": raw.shard, "shard_index": raw.shard_index,
-        "shard_size": raw.shard_size, "width": 0, "height": 0, "num_bytes": len(raw.data or b""),
+        "shard_size": raw.shard_size, "width": 0, "height": 0, "num_bytes": raw.num_bytes,
         "num_detections": 0, "status": "ok", "error_stage": "", "error_type": "", "error_message": "",
         "decode_s": 0.0, "detect_s": 0.0,
     }  # fmt: skip

@@ -1,0 +1,215 @@
+"""`jobs/infer.py` as a stranger runs it: subprocesses, exit codes, messages."""
+
+import os
+import runpy
+import subprocess
+import sys
+from pathlib import Path
+
+import pandas as pd
+import pytest
+
+from pipeline import storage
+from pipeline.results import load_detections, load_images
+from tests import servers
+from tests.makers import make_tar_shard
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+def job(name, *args, cwd=ROOT, **environment):
+    """Run a job; returns exit code, standard output and standard error."""
+    done = subprocess.run(
+        [sys.executable, str(ROOT / "jobs" / name), *map(str, args)],
+        capture_output=True,
+        text=True,
+        cwd=cwd,
+        env={**os.environ, "TERM": "dumb", **environment},
+        timeout=280,
+    )
+    return done.returncode, done.stdout, servers.clean_text(done.stderr)
+
+
+@pytest.fixture
+def refused(monkeypatch, capsys):
+    """Run jobs/infer.py in this process; it must exit with code 2 and no traceback. Returns what it said."""
+
+    def run(*args):
+        monkeypatch.setattr(sys, "argv", ["jobs/infer.py", *map(str, args)])
+        with pytest.raises(SystemExit) as ended:
+            runpy.run_path(str(ROOT / "jobs" / "infer.py"), run_name="__main__")
+        said = servers.clean_text("".join(capsys.readouterr()))
+        assert ended.value.code == 2, said
+        assert "Traceback" not in said
+        return said
+
+    return run
+
+
+@pytest.fixture
+def source(tmp_path):
+    make_tar_shard(tmp_path / "in" / "a.tar", 3)
+    return tmp_path / "in"
+
+
+def test_help_teaches():
+    code, out, _ = job("infer.py", "--help")
+    assert code == 0
+    for word in (
+        "--input",
+        "--output",
+        "--weights",
+        "--dry-run",
+        "--retry-failed",
+        "ray job submit",
+        "Exit codes",
+    ):
+        assert word in out
+
+
+@pytest.mark.parametrize(
+    ("args", "message"),
+    [
+        (["--input", "{in}/nothing", "--output", "{out}"], "nothing"),
+        (["--input", "{empty}", "--output", "{out}"], "empty: nothing there"),
+        (["--input", "{in}", "--output", "{out}", "--weights", "no-such"], "no weights 'no-such'"),
+        (["--input", "{in}", "--output", "/proc/version/x"], "can't be written"),
+        (["--input", "{in}", "--output", "{foreign}"], "holds other files (such as 'thesis.txt')"),
+        (["--input", "{in}"], "give both --input and --output"),
+        (
+            ["--input", "{in}", "--output", "{out}", "--score-threshold", "2"],
+            "--score-threshold 2.0 is out of range",
+        ),
+        (["--input", "{in}", "--output", "{out}", "--batch-size", "0"], "--batch-size 0"),
+        (["--input", "nosuch://x/y", "--output", "{out}"], "nosuch"),
+    ],
+    ids=["missing", "empty", "weights", "unwritable", "foreign", "half", "threshold", "batch", "protocol"],
+)
+def test_bad_input_is_one_clear_line(tmp_path, source, refused, args, message):
+    places = {
+        "in": source,
+        "out": tmp_path / "out",
+        "empty": tmp_path / "empty",
+        "foreign": tmp_path / "foreign",
+    }
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "foreign").mkdir()
+    (tmp_path / "foreign" / "thesis.txt").touch()
+    said = refused(*[arg.format(**places) for arg in args])
+    assert message in said
+    assert len([line for line in said.splitlines() if line.startswith("error")]) <= 1
+    assert not (tmp_path / "out" / "images").exists()
+
+
+def test_a_mistyped_flag_is_guessed(source, tmp_path, refused):
+    said = refused("--input", source, "--output", tmp_path / "out", "--bacth-size", "8")
+    assert "--batch-size" in said
+
+
+def test_a_dry_run_tells_the_plan_and_writes_nothing(source, tmp_path):
+    code, out, err = job("infer.py", "--input", source, "--output", tmp_path / "out", "--dry-run")
+    assert code == 0, err
+    for word in ("1 shards", "writable", "ssdlite300_mobilenet_v2", "3 images", "estimate"):
+        assert word in out
+    assert storage.list_files(str(tmp_path / "out")) == []
+
+
+@pytest.mark.ray
+def test_the_demo_finds_the_cat_the_astronaut_and_the_cup(tmp_path):
+    pytest.importorskip("skimage")
+    code, out, err = job("infer.py", cwd=tmp_path)
+    assert code == 0, out + err
+    results = tmp_path / "demo-output" / "results"
+    boxes = load_detections(results, min_score=0.5)
+    best = boxes.sort_values("score").groupby("image_id").class_name.last()
+    found = {Path(image).stem: name for image, name in best.items()}
+    assert found["chelsea"] == "cat"
+    assert found["astronaut"] == "person"
+    assert found["coffee"] == "cup"
+    (failed,) = load_images(results, status="failed").itertuples()
+    assert (failed.error_stage, failed.error_type) == ("decode", "Truncated")
+    assert "cut short" in failed.error_message
+    assert (tmp_path / "demo-output" / "contact-sheet.jpg").stat().st_size > 50_000
+    assert "10 images: 9 ok, 1 failed" in out
+    assert "load_detections(" in out
+
+
+@pytest.mark.ray
+def test_from_and_to_s3(tmp_path, refused):
+    with servers.moto() as environment:
+        old = dict(os.environ)
+        os.environ.update(environment)
+        try:
+            fs, _ = storage.split("s3://bucket")
+            fs.mkdir("bucket")
+            for name in "ab":
+                shard = make_tar_shard(tmp_path / f"{name}.tar", 3, seed=ord(name))
+                storage.write_atomic(f"s3://bucket/in/{name}.tar", shard.read_bytes())
+            flags = ["--input", "s3://bucket/in", "--output", "s3://bucket/out"]
+            code, out, err = job("infer.py", *flags)
+            assert code == 0, out + err
+            assert len(load_images("s3://bucket/out")) == 6
+            code, out, err = job("verify.py", *flags)
+            assert (code, out.startswith("complete: 2 shards, 6 images")) == (0, True), out + err
+            assert "testing-secret" not in out + err
+            said = refused("--input", "s3://no-such-bucket/x", "--output", "s3://bucket/out")
+            assert "no-such-bucket" in said
+        finally:
+            os.environ.clear()
+            os.environ.update(old)
+
+
+@pytest.mark.ray
+@pytest.mark.slow
+def test_detections_do_not_depend_on_batch_size_detectors_or_shards(tmp_path):
+    skimage = pytest.importorskip("skimage")
+    folder = Path(skimage.__file__).parent / "data"
+    names = ["astronaut.png", "camera.png", "chelsea.png", "coffee.png", "horse.png", "rocket.jpg"]
+    photos = {name: (folder / name).read_bytes() for name in names}
+    make_tar_shard(tmp_path / "one" / "x.tar", photos)
+    for name, data in photos.items():
+        make_tar_shard(tmp_path / "many" / f"{name}.tar", {name: data})
+    runs = {
+        "a": ("one", "--batch-size", 32),
+        "b": ("one", "--batch-size", 1, "--max-detectors", 1),
+        "c": ("many", "--batch-size", 4, "--min-detectors", 2, "--max-detectors", 2),
+    }
+    tables = {}
+    for name, (source, *flags) in runs.items():
+        output = tmp_path / name
+        code, out, err = job("infer.py", "--input", tmp_path / source, "--output", output, *flags)
+        assert code == 0, out + err
+        boxes = load_detections(output)
+        boxes["image"] = boxes.image_id.str.rsplit("/", n=1).str[-1]
+        tables[name] = boxes[(boxes.score - 0.05).abs() > 1e-4].sort_values(["image", "detection_id"])
+    for name in "bc":
+        left, right = tables["a"], tables[name]
+        assert left.image.tolist() == right.image.tolist()
+        assert left.label.tolist() == right.label.tolist()
+        assert (left.score.to_numpy() - right.score.to_numpy()).__abs__().max() <= 1e-4
+        corners = ["xmin", "ymin", "xmax", "ymax"]
+        assert abs(left[corners].to_numpy() - right[corners].to_numpy()).max() <= 0.01
+
+
+@pytest.mark.ray
+def test_no_odd_file_is_lost(tmp_path, shared_data):
+    odd = shared_data("data/odd_images")
+    manifest = pd.read_csv(odd / "manifest.csv")
+    files = tmp_path / "in"
+    files.mkdir()
+    for name in manifest.file:
+        (files / name).write_bytes((odd / name).read_bytes())
+    code, out, err = job(
+        "infer.py", "--input", files, "--output", tmp_path / "out", "--max-failed-fraction", "1"
+    )
+    assert code == 0, out + err
+    images = load_images(tmp_path / "out").set_index("image_id")
+    assert len(images) == len(manifest)
+    for row in manifest.itertuples():
+        image = images.loc[row.file]
+        if row.expect.startswith("ok"):
+            size = row.pillow_to_rgb.split()[-1]
+            assert (image.status, f"{image.width}x{image.height}") == ("ok", size), row.file
+        elif row.expect == "reject" or (row.expect == "limit" and row.pillow_open != "ok"):
+            assert image.status == "failed", row.file
+            assert image.error_message, row.file
