@@ -17,6 +17,9 @@ _VGG16_NUMBERS = {
     "conv4_1": 17, "conv4_2": 19, "conv4_3": 21, "conv5_1": 24, "conv5_2": 26, "conv5_3": 28,
 }  # fmt: skip
 
+# Of the 0..255 values of photographs (ImageNet: 58.4, 57.1, 57.4 for red, green, blue).
+_PIXEL_STD = 57.6
+
 # Probability that an untrained sigmoid model gives every class, so that the mass of background boxes doesn't
 # drown the first steps (arXiv 1708.02002, section 3.3).
 _SIGMOID_PRIOR = 0.01
@@ -26,12 +29,16 @@ def initialise(model: SSD, *, generator: torch.Generator) -> None:
     """Draw all weights anew, in place.
 
     Extra layers and heads: as in the authors' code (see `caffe_xavier`). Backbone: normal with a variance of
-    2 / fan_in (arXiv 1502.01852), so that a stack without batch norm keeps its signal. Biases 0, except those
-    of sigmoid classes. Batch norm and L2Norm stay as they are made.
+    2 / fan_in (arXiv 1502.01852), the first layer divided by the spread of its input, so that signals of
+    about 1 go through a stack without batch norm. Biases 0, except those of sigmoid classes. Batch norm and
+    L2Norm stay as they are made.
     """
     for conv in _convolutions(model.backbone):
         nn.init.kaiming_normal_(conv.weight, nonlinearity="relu", generator=generator)
         _zero_bias(conv)
+    first = next(_convolutions(model.backbone))
+    with torch.no_grad():
+        first.weight.mul_(torch.tensor(model.spec.std).view(1, 3, 1, 1) / _PIXEL_STD)
     for conv in _convolutions(model.extras, model.heads):
         caffe_xavier(conv, generator=generator)
     _set_class_bias(model)
@@ -133,8 +140,8 @@ def _convolutions(*modules: nn.Module) -> Iterator[nn.Conv2d]:
 
 def _class_convolutions(model: SSD) -> Iterator[nn.Conv2d]:
     """The last convolution on the way to the logits, of each head."""
-    for head in model.heads:
-        *_, last = _convolutions(head.logits)
+    for index in range(len(model.heads)):
+        *_, last = _convolutions(model.get_submodule(f"heads.{index}.logits"))
         yield last
 
 
