@@ -5,7 +5,7 @@
 # `start` prints the two lines to export before `ray job submit`.
 set -euo pipefail
 cd "$(dirname "$0")/.."
-RAY=${RAY:-.venv/bin/ray}
+PATH="$PWD/.venv/bin:$PATH" # `python` in a job's command is looked up on the nodes' PATH
 PORT=${PORT:-6379}
 DASHBOARD_PORT=${DASHBOARD_PORT:-8265}
 export RAY_AUTH_MODE=token
@@ -17,17 +17,17 @@ start)
     mkdir -p "$(dirname "$RAY_AUTH_TOKEN_PATH")"
     (umask 077 && python3 -c 'import secrets; print(secrets.token_hex(32))' >"$RAY_AUTH_TOKEN_PATH")
   fi
-  "$RAY" start --head --port="$PORT" --dashboard-host=127.0.0.1 --dashboard-port="$DASHBOARD_PORT" \
+  ray start --head --port="$PORT" --dashboard-host=127.0.0.1 --dashboard-port="$DASHBOARD_PORT" \
     --node-ip-address=127.0.0.1 ${3:+--num-cpus="$3"} --disable-usage-stats
   for _ in $(seq 1 "${2:-0}"); do
-    "$RAY" start --address="127.0.0.1:$PORT" ${3:+--num-cpus="$3"} --disable-usage-stats
+    ray start --address="127.0.0.1:$PORT" ${3:+--num-cpus="$3"} --disable-usage-stats
   done
   echo
   echo "export RAY_AUTH_MODE=token RAY_AUTH_TOKEN_PATH=$RAY_AUTH_TOKEN_PATH"
   echo "export RAY_API_SERVER_ADDRESS=http://127.0.0.1:$DASHBOARD_PORT"
   ;;
 stop)
-  "$RAY" stop
+  ray stop
   ;;
 *)
   sed -n '2,5s/^# //p' "$0"

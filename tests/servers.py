@@ -39,7 +39,7 @@ def moto() -> Iterator[dict[str, str]]:
     command = [str(Path(sys.executable).with_name("moto_server")), "-H", "127.0.0.1", "-p", str(port)]
     process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     try:
-        _wait_for(f"http://127.0.0.1:{port}/moto-api/", process)
+        wait_for(f"http://127.0.0.1:{port}/moto-api/", process)
         yield {**KEYS, "AWS_ENDPOINT_URL": f"http://127.0.0.1:{port}"}
     finally:
         process.kill()
@@ -48,7 +48,7 @@ def moto() -> Iterator[dict[str, str]]:
 
 @contextlib.contextmanager
 def rclone(folder: Path, port: int | None = None) -> Iterator[dict[str, str]]:
-    """An S3 server over `folder`, whose sub-folders are buckets; survives a kill and a restart on its port."""
+    """An S3 server over `folder`, whose sub-folders are buckets; files survive a kill and a restart."""
     port = port or free_port()
     binary = shutil.which("rclone", path=str(Path(sys.executable).parent))
     keys = f"{KEYS['AWS_ACCESS_KEY_ID']},{KEYS['AWS_SECRET_ACCESS_KEY']}"
@@ -56,14 +56,14 @@ def rclone(folder: Path, port: int | None = None) -> Iterator[dict[str, str]]:
     environment = {**os.environ, "RCLONE_CONFIG": os.devnull}
     process = subprocess.Popen(command, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     try:
-        _wait_for(f"http://127.0.0.1:{port}/", process)
+        wait_for(f"http://127.0.0.1:{port}/", process)
         yield {**KEYS, **CHECKSUMS, "AWS_ENDPOINT_URL": f"http://127.0.0.1:{port}"}
     finally:
         process.kill()
         process.wait()
 
 
-def _wait_for(url: str, process: subprocess.Popen, seconds: float = 60) -> None:
+def wait_for(url: str, process: subprocess.Popen, seconds: float = 60) -> None:
     """Until the server answers anything at all."""
     deadline = time.monotonic() + seconds
     while time.monotonic() < deadline:

@@ -4,7 +4,7 @@ What bounds the cost of one image: its bytes (checked by the reader), its pixels
 before anything is allocated) and, for progressive JPEGs, its scans. Plugins that start other programs or that
 serve no photographs are left out of `FORMATS`.
 
-Pillow decodes everything. torchvision takes 1.6 ms for a JPEG of 640x480 where Pillow takes 1.8, with the same
+Pillow decodes everything. torchvision takes 1.6 ms for a JPEG of 640x480 where Pillow takes 1.8, with equal
 pixels, but a reader that imports torch starts four seconds later and needs 300 MB more.
 """
 

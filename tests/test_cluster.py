@@ -1,0 +1,102 @@
+"""A cluster started with `ray start`, token authentication, and the job submitted to it."""
+
+import json
+import os
+import re
+import subprocess
+import sys
+import urllib.error
+import urllib.request
+from pathlib import Path
+
+import jsonschema
+import pytest
+import ray.autoscaler
+import yaml
+
+from pipeline.results import load_images
+from tests import servers
+from tests.makers import make_jpeg, make_tar_shard
+
+ROOT = Path(__file__).resolve().parents[1]
+BIN = Path(sys.executable).parent
+
+
+@pytest.fixture
+def cluster(tmp_path):
+    """A head node on the loopback address that wants a token; yields the environment of its clients."""
+    token = tmp_path / "token"
+    token.write_text("0123456789abcdef" * 4)
+    environment = {
+        **{name: value for name, value in os.environ.items() if not name.startswith("RAY_")},
+        "RAY_AUTH_MODE": "token",
+        "RAY_AUTH_TOKEN_PATH": str(token),
+        "PATH": f"{BIN}:{os.environ['PATH']}",
+    }
+    port, dashboard = servers.free_port(), servers.free_port()
+    head = subprocess.Popen(
+        [BIN / "ray", "start", "--head", "--block", f"--port={port}", "--num-cpus=2", "--disable-usage-stats",
+         "--dashboard-host=127.0.0.1", f"--dashboard-port={dashboard}", "--node-ip-address=127.0.0.1"],
+        env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
+    )  # fmt: skip
+    try:
+        servers.wait_for(f"http://127.0.0.1:{dashboard}/api/version", head)
+        yield {**environment, "RAY_API_SERVER_ADDRESS": f"http://127.0.0.1:{dashboard}"}
+    finally:
+        head.terminate()
+        head.wait(60)
+
+
+@pytest.mark.ray
+@pytest.mark.slow
+def test_a_submitted_job_runs_and_its_log_shows_progress(cluster, tmp_path):
+    images = {f"{i}.jpg": make_jpeg(320, 240, seed=i) for i in range(150)}
+    for name in "abc":
+        make_tar_shard(tmp_path / "in" / f"{name}.tar", images)
+    command = ["python", "jobs/infer.py", "--input", str(tmp_path / "in"), "--output", str(tmp_path / "out")]
+    submit = [
+        BIN / "ray",
+        "job",
+        "submit",
+        "--submission-id",
+        "shot",
+        "--working-dir",
+        str(ROOT),
+        "--",
+        *command,
+    ]
+    done = subprocess.run(submit, env=cluster, cwd=tmp_path, capture_output=True, text=True, timeout=280)
+    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
+    logs = subprocess.run(
+        [BIN / "ray", "job", "logs", "shot"],
+        env=cluster,
+        capture_output=True,
+        text=True,
+        timeout=60,
+        check=True,
+    ).stdout
+    assert re.search(r"\d+/~?\d+ \(\d+ %\) images +[\d.]+ images/s +0 failed .*ETA", logs), logs
+    assert "450 images: 450 ok, 0 failed" in logs
+    assert len(load_images(tmp_path / "out")) == 450
+    # Without the token: refused.
+    with pytest.raises(urllib.error.HTTPError) as refused:
+        urllib.request.urlopen(f"{cluster['RAY_API_SERVER_ADDRESS']}/api/jobs/", timeout=30)
+    assert refused.value.code == 401
+    refused.value.close()
+
+
+def test_the_cluster_files_are_well_formed():
+    launcher = yaml.safe_load((ROOT / "ray-cluster.yaml").read_text())
+    schema = Path(ray.autoscaler.__file__).with_name("ray-schema.json")
+    jsonschema.validate(launcher, json.loads(schema.read_text()))
+    assert launcher["head_node_type"] in launcher["available_node_types"]
+    job = yaml.safe_load((ROOT / "cluster" / "rayjob.yaml").read_text())
+    assert job["kind"] == "RayJob"
+    entrypoint = job["spec"]["entrypoint"].split()
+    assert (ROOT / entrypoint[1]).exists()
+
+
+def test_the_local_cluster_script_explains_itself():
+    done = subprocess.run(["bash", ROOT / "cluster" / "local.sh"], capture_output=True, text=True)
+    assert done.returncode == 2
+    assert "cluster/local.sh start" in done.stdout
