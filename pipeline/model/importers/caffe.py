@@ -86,7 +86,7 @@ def convert(data: bytes) -> SSD:
         provenance=_RELEASE,
     )
     if net.priors:
-        spec = replace(spec, priors=_read_priors(net.priors, priors, image_size=spec.input_height))
+        spec = replace(spec, priors=priors_of(net.priors, priors, image_size=spec.input_height))
     model = load(spec, state, release=_RELEASE)
     _turn_to_rgb(model.get_parameter("backbone.layers.conv1_1.weight"))
     return model
@@ -162,10 +162,18 @@ def _by_name(blobs: Mapping[str, list[Tensor]]) -> dict[str, Tensor]:
     return named
 
 
-def _read_priors(layers: Mapping[str, PriorLayer], known: PriorSet, *, image_size: int) -> PriorSet:
-    """The default boxes that the file describes: like a known set, perhaps with other sizes.
+def priors_of(layers: Mapping[str, PriorLayer], known: PriorSet, *, image_size: int) -> PriorSet:
+    """The default boxes that prior box layers describe: like a known set, perhaps with other sizes.
 
     Sizes are cut to whole pixels, as src/caffe/layers/prior_box_layer.cpp does.
+
+    Args:
+        layers: of all maps, largest map first.
+        known: a set of the same network.
+        image_size: side of the network's input in pixels.
+
+    Raises:
+        CheckpointError: they are of another kind than those of the published networks.
     """
     sizes = [(*layer.min_sizes, *layer.max_sizes) for layer in layers.values()]
     steps = [layer.step for layer in layers.values()]

@@ -49,7 +49,7 @@ def convert(tensors: dict[str, Tensor]) -> SSD:
         architecture=architecture,
         class_names=class_names,
         label_ids=label_ids,
-        priors=_priors(architecture, columns),
+        priors=priors_of(architecture, columns),
         pre_nms_top_k=None,
         max_detections=100,
         provenance=_RELEASE,
@@ -57,7 +57,8 @@ def convert(tensors: dict[str, Tensor]) -> SSD:
     return load(spec, state, release=_RELEASE)
 
 
-def _priors(architecture: str, columns: int) -> PriorSet:
+def priors_of(architecture: str, columns: int) -> PriorSet:
+    """The default boxes of its configurations for so many logit columns."""
     priors = replace(vgg.choose_priors(architecture, columns, otherwise="voc"), clip="cxcywh")
     if architecture == "ssd512_vgg16":
         return vgg.with_sizes(priors, _SIZES_512[priors.name], image_size=512)

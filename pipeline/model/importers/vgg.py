@@ -2,6 +2,7 @@
 
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass, replace
+from itertools import pairwise
 from typing import Literal
 
 from torch import Tensor
@@ -84,7 +85,7 @@ def with_sizes(priors: PriorSet, sizes: tuple[float, ...], *, image_size: int) -
     fractions = [size / image_size for size in sizes]
     maps = tuple(
         replace(prior_map, sizes_wh=cell_sizes(size, following, (2, 3)[: len(prior_map.sizes_wh) // 2 - 1]))
-        for prior_map, size, following in zip(priors.maps, fractions, fractions[1:], strict=True)
+        for prior_map, (size, following) in zip(priors.maps, pairwise(fractions), strict=True)
     )
     return replace(priors, maps=maps)
 

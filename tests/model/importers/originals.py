@@ -1,7 +1,7 @@
 """The original networks and their post-processing written out plainly: what the importers are held against.
 
-Nothing here comes from the package under test. Layers have Caffe's names; each test maps them to the names of
-its release.
+Nothing of it is taken from the package under test, which only `run_model` and `run_postprocess` call. Layers
+have Caffe's names; each test maps them to the names of its release.
 """
 
 import io
@@ -12,6 +12,7 @@ import torch
 import torch.nn.functional as F  # noqa: N812
 
 from pipeline.model.postprocess import postprocess
+from pipeline.model.ssd import SSD
 
 TRUNK = [
     ("conv1_1", 3, 64), ("conv1_2", 64, 64), "pool",
@@ -173,7 +174,7 @@ def decode(deltas: torch.Tensor, priors: torch.Tensor) -> torch.Tensor:
 
 
 def greedy_nms(boxes: torch.Tensor, scores: torch.Tensor, threshold: float) -> list[int]:
-    """Indices that stay, best first: the next best one removes all that overlap it by more than the threshold."""
+    """Indices that stay, best first; each removes later ones that overlap it by more than the threshold."""
     order = scores.argsort(descending=True).tolist()
     areas = (boxes[:, 2] - boxes[:, 0]) * (boxes[:, 3] - boxes[:, 1])
     kept = []
@@ -197,7 +198,7 @@ def detect(
     top_k: int | None,
     max_detections: int,
 ) -> list[tuple[int, float, list[float]]]:
-    """(column, score, box) of the best detections, class by class: threshold, top k, suppression, best of all."""
+    """(column, score, box) of the best detections: threshold, top k and suppression by class, best of all."""
     found = []
     for column in range(1, scores.shape[1]):
         candidates = (scores[:, column] > threshold).nonzero()[:, 0]
@@ -214,7 +215,7 @@ def saved(contents: object, **options: object) -> bytes:
     return buffer.getvalue()
 
 
-def run_model(model: torch.nn.Module, image: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+def run_model(model: SSD, image: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """Deltas [A, 4] and logits [A, C] of a uint8 RGB image [3, H, W], normalised as the model's spec says."""
     mean = torch.tensor(model.spec.mean).view(1, 3, 1, 1)
     std = torch.tensor(model.spec.std).view(1, 3, 1, 1)
@@ -223,9 +224,7 @@ def run_model(model: torch.nn.Module, image: torch.Tensor) -> tuple[torch.Tensor
     return deltas[0], logits[0]
 
 
-def run_postprocess(
-    model: torch.nn.Module, deltas: torch.Tensor, logits: torch.Tensor, *, width: int, height: int
-):
+def run_postprocess(model: SSD, deltas: torch.Tensor, logits: torch.Tensor, *, width: int, height: int):
     """The package's detections of given raw predictions [A, 4] and [A, C]."""
     return postprocess(
         deltas[None],
