@@ -121,3 +121,43 @@ def resize_tf_legacy(pixels_HW3: np.ndarray, height: int, width: int) -> np.ndar
                 bottom = pixels_HW3[y1, x0, c] * (one - fx) + pixels_HW3[y1, x1, c] * fx
                 out[y, x, c] = top * (one - fy) + bottom * fy
     return out
+
+
+def nms(boxes: Sequence[Box], scores: Sequence[float], *, iou_threshold: float) -> list[int]:
+    """Greedy suppression: the best box stays, what overlaps it by more than the threshold goes, and so on."""
+    left = sorted(range(len(boxes)), key=lambda index: -scores[index])
+    kept = []
+    while left:
+        best = left.pop(0)
+        kept.append(best)
+        left = [other for other in left if iou(boxes[best], boxes[other]) <= iou_threshold]
+    return kept
+
+
+def detect(
+    boxes: Sequence[Box],
+    scores: Sequence[Sequence[float]],
+    *,
+    threshold: float,
+    top_k: int | None,
+    iou_threshold: float,
+    keep: int,
+) -> list[tuple[float, int, Box]]:
+    """Detections of one image, best first: (score, class, box); `scores[box][class]` without background.
+
+    The test time of the authors' detection_output_layer.cpp: threshold, top k of each class, suppression
+    in each class, best of all classes.
+    """
+    found = []
+    for label in range(len(scores[0])):
+        passing = [index for index in range(len(boxes)) if scores[index][label] > threshold]
+        passing.sort(key=lambda index: -scores[index][label])
+        passing = passing[:top_k]
+        kept = nms(
+            [boxes[index] for index in passing],
+            [scores[index][label] for index in passing],
+            iou_threshold=iou_threshold,
+        )
+        found += [(scores[passing[index]][label], label, boxes[passing[index]]) for index in kept]
+    found.sort(key=lambda detection: -detection[0])
+    return found[:keep]

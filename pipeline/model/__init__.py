@@ -16,7 +16,7 @@ from pipeline.model.checkpoint import (
     weights_sha256,
 )
 from pipeline.model.detector import Detector
-from pipeline.model.postprocess import Detections, postprocess
+from pipeline.model.postprocess import Detections
 from pipeline.model.spec import ModelSpec
 from pipeline.model.ssd import SSD, build_model
 
@@ -32,7 +32,6 @@ __all__ = [
     "build_model",
     "bundled_weights",
     "load_checkpoint",
-    "postprocess",
     "read_spec",
     "save_checkpoint",
     "weights_sha256",

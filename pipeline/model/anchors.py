@@ -40,7 +40,8 @@ class PriorSet:
         name: what it is called in messages and checkpoints.
         maps: one entry per feature map, largest first.
         clip: what is forced into [0, 1]: nothing (Caffe's SSD configurations), corners (Caffe's clip),
-            widths and heights only (torchvision) or all four centre-form numbers (NVIDIA, amdegroot, lufficc).
+            widths and heights only (torchvision), or all four numbers of the centre form (NVIDIA, amdegroot,
+            lufficc).
     """
 
     name: str
@@ -140,8 +141,8 @@ def formula_priors(
 ) -> PriorSet:
     """A prior set for any stack of maps by the formula of the paper (section 2.2).
 
-    Centres lie in the middle of the cells. With the defaults a cell has six boxes: ratios 1, 2, 1/2, 3, 1/3 of
-    scale s_k, and the square of scale sqrt(s_k s_{k+1}) in second place.
+    Centres lie in the middle of the cells. With the defaults a cell has six boxes: ratios 1, 2, 1/2, 3, 1/3
+    of scale s_k, and the square of scale sqrt(s_k s_{k+1}) in second place.
 
     Args:
         name: name of the set.

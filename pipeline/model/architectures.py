@@ -32,12 +32,13 @@ class Architecture:
         backbone: makes the module that returns the first maps (see `backbones`).
         extras: the blocks that make the further maps.
         unit: makes convolution + batch norm + activation of extra blocks and of light heads.
-        light: whether 3x3 convolutions of extra blocks and heads are split in depthwise and pointwise (SSDLite).
+        light: whether 3x3 convolutions of extra blocks and heads are split in depthwise and pointwise ones
+            (SSDLite).
         priors: the default box sets that it can be built with, by name.
         defaults: how a new model of this kind reads images and selects detections.
     """
 
-    backbone: Callable[[], nn.Module]
+    backbone: Callable[[], backbones.Backbone]
     extras: tuple[Extra, ...]
     unit: Callable[..., nn.Sequential]
     light: bool

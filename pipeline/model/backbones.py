@@ -8,8 +8,6 @@ checkpoints of public releases map onto them.
 from collections import OrderedDict
 from functools import partial
 
-import torch
-import torch.nn.functional as F  # noqa: N812
 from torch import Tensor, nn
 from torchvision.models import mobilenet_v3_large, resnet50
 
@@ -19,7 +17,7 @@ _VGG_BLOCKS = ((64, 64), (128, 128), (256, 256, 256), (512, 512, 512), (512, 512
 
 
 class VGG16(nn.Module):
-    """VGG16 as SSD uses it: fc6 and fc7 as (dilated) convolutions, no fc8 (paper section 3, Caffe `VGGNetBody`).
+    """VGG16 as SSD uses it: fc6 and fc7 as convolutions, fc6 dilated, no fc8 (paper section 3).
 
     Returns conv4_3 after its L2Norm (512 channels, stride 8) and fc7 (1024 channels, stride 16).
     Pooling 3 rounds up (75 -> 38) and pooling 5 keeps the size.
@@ -72,7 +70,7 @@ class MobileNetV2(nn.Module):
         super().__init__()
         unit = partial(conv_unit, same=True, activation=nn.ReLU6)
         self.stem = unit(3, 32, 3, stride=2)
-        blocks: list[nn.Module] = [_InvertedResidual(32, 16, stride=1, expansion=1)]
+        blocks = [_InvertedResidual(32, 16, stride=1, expansion=1)]
         in_channels = 16
         for width, first_stride, repeats in _V2_BLOCKS:
             for index in range(repeats):
@@ -86,6 +84,7 @@ class MobileNetV2(nn.Module):
         """The maps of stride 16 and 32 of images [N, 3, H, W]."""
         features, source = self.stem(images_N3HW), images_N3HW
         for index, block in enumerate(self.blocks):
+            assert isinstance(block, _InvertedResidual)
             expanded = block.expand(features)
             if index == 13:
                 source = expanded
@@ -123,7 +122,8 @@ class MobileNetV3Large(nn.Module):
         super().__init__()
         norm = partial(nn.BatchNorm2d, eps=0.001, momentum=0.03)
         blocks = mobilenet_v3_large(weights=None, norm_layer=norm, reduced_tail=True).features
-        tapped = blocks[13].block  # the block that halves 20x20 to 10x10
+        tapped = blocks.get_submodule("13.block")  # of the block that halves 20x20 to 10x10
+        assert isinstance(tapped, nn.Sequential)
         # Grouped exactly as torchvision groups them, so that its names fit.
         self.features = nn.Sequential(
             nn.Sequential(*blocks[:13], tapped[0]), nn.Sequential(tapped[1:], *blocks[14:])
@@ -145,10 +145,15 @@ class ResNet50(nn.Module):
         whole = resnet50(weights=None)
         self.conv1, self.bn1, self.relu, self.maxpool = whole.conv1, whole.bn1, whole.relu, whole.maxpool
         self.layer1, self.layer2, self.layer3 = whole.layer1, whole.layer2, whole.layer3
-        first = self.layer3[0]
-        first.conv2.stride = first.downsample[0].stride = (1, 1)
+        for name in ("0.conv2", "0.downsample.0"):
+            conv = self.layer3.get_submodule(name)
+            assert isinstance(conv, nn.Conv2d)
+            conv.stride = (1, 1)
 
     def forward(self, images_N3HW: Tensor) -> list[Tensor]:
         """The map of stride 8 of images [N, 3, H, W]."""
         features = self.maxpool(self.relu(self.bn1(self.conv1(images_N3HW))))
         return [self.layer3(self.layer2(self.layer1(features)))]
+
+
+Backbone = VGG16 | MobileNetV2 | MobileNetV3Large | ResNet50

@@ -29,7 +29,7 @@ class Detector:
     def __init__(self, weights: str, *, device: str = "cpu", score_threshold: float | None = None) -> None:
         self.device = torch.device(device)
         model = fold_batch_norm(load_checkpoint(weights))
-        self.model = model.requires_grad_(False).to(device=self.device, memory_format=torch.channels_last)
+        self.model = model.requires_grad_(False).to(self.device).to(memory_format=torch.channels_last)
         self.spec = model.spec
         self.score_threshold = model.spec.score_threshold if score_threshold is None else score_threshold
         # x / std - mean / std, one multiplication and one addition per value

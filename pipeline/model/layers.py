@@ -2,6 +2,7 @@
 
 from collections import OrderedDict
 from collections.abc import Callable
+from itertools import pairwise
 from typing import TypeVar
 
 import torch
@@ -31,7 +32,7 @@ class L2Norm(nn.Module):
 
 
 class SameConv2d(nn.Conv2d):
-    """Convolution with TensorFlow's "SAME" padding: outputs ceil(n / stride), the odd pixel at the far side."""
+    """Convolution with TensorFlow's "SAME" padding: ceil(n / stride) outputs, odd pixel at the far end."""
 
     def forward(self, features_NCHW: Tensor) -> Tensor:
         """Convolved features [N, C', ceil(H / stride), ceil(W / stride)]."""
@@ -92,7 +93,7 @@ def fold_batch_norm(model: Module) -> Module:
     model.eval()
     for parent in list(model.modules()):
         children = list(parent.named_children())
-        for (conv_name, conv), (norm_name, norm) in zip(children, children[1:], strict=False):
+        for (conv_name, conv), (norm_name, norm) in pairwise(children):
             if isinstance(conv, nn.Conv2d) and isinstance(norm, nn.BatchNorm2d):
                 setattr(parent, conv_name, fuse_conv_bn_eval(conv, norm))
                 setattr(parent, norm_name, nn.Identity())

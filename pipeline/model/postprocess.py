@@ -11,9 +11,9 @@ from typing import Generic, TypeVar
 import numpy as np
 import torch
 from torch import Tensor
-from torchvision.ops import nms
 
 from pipeline import boxes
+from pipeline.model.nms import nms, rank_in_group
 from pipeline.model.spec import ModelSpec, ScoreFunction
 
 Array = TypeVar("Array", Tensor, np.ndarray)
@@ -53,7 +53,8 @@ class Detections(Generic[Array]):
 class _Candidates:
     """Pairs of a default box and a class that pass the score threshold, sorted by image.
 
-    Boxes are corners in fractions of the image, float32 [K, 4]; images and columns int64 [K], scores float32 [K].
+    Boxes are corners in fractions of the image, float32 [K, 4]; images and columns (of the logits) int64 [K];
+    scores float32 [K].
     """
 
     images: Tensor
@@ -62,6 +63,8 @@ class _Candidates:
     boxes: Tensor
 
     def __getitem__(self, index: Tensor) -> "_Candidates":
+        if index.dtype == torch.bool:
+            index = index.nonzero()[:, 0]
         return _Candidates(self.images[index], self.columns[index], self.scores[index], self.boxes[index])
 
 
@@ -77,8 +80,8 @@ def postprocess(
     """Detections of a batch, as in the paper's section 2.2 and Caffe's `DetectionOutput` layer.
 
     Scores above the threshold; the best `pre_nms_top_k` of each class; non-maximum suppression within each
-    class; the best `max_detections` of the image over all classes. Runs on the device of its inputs; the number
-    of operations doesn't grow with the classes.
+    class; the best `max_detections` of the image over all classes. Runs on the device of its inputs; the
+    number of operations doesn't grow with the classes.
 
     Args:
         deltas_NA4: from `SSD.forward`.
@@ -94,10 +97,8 @@ def postprocess(
     threshold = spec.score_threshold if score_threshold is None else score_threshold
     candidates = _candidates(deltas_NA4, logits_NAC, priors_cxcywh, spec=spec, threshold=threshold)
     if spec.pre_nms_top_k is not None:
-        candidates = candidates[
-            _best_of_each_class(candidates, k=spec.pre_nms_top_k, columns=spec.num_classes)
-        ]
-    best = candidates[_suppress(candidates, num_images=logits_NAC.shape[0], spec=spec)]
+        candidates = _best_of_each_class(candidates, k=spec.pre_nms_top_k, columns=spec.num_classes)
+    best = _suppress(candidates, num_images=logits_NAC.shape[0], spec=spec)
     label_ids = torch.tensor([0, *spec.label_ids], device=logits_NAC.device)
     sizes_M2 = sizes_N2.to(device=logits_NAC.device, dtype=torch.float32)[best.images]
     return Detections(
@@ -127,15 +128,15 @@ def _candidates(
 
 
 # How far, in image sizes, an unclipped box may reach: beyond any that a trained network decodes.
-_FAR = 1000.0
+_FAR = 100.0
 
 
 def _promising(logits_NAC: Tensor, *, function: ScoreFunction, threshold: float) -> Tensor:
     """Indices into the N * A default boxes of those that can have a score above the threshold, int64.
 
     softmax_c > t implies logit_c - logit_background > log(t / (1 - t)), and sigmoid_c > t is
-    logit_c > log(t / (1 - t)): most boxes need no exponential at all. A margin covers rounding; the exact scores
-    decide later.
+    logit_c > log(t / (1 - t)): most boxes need no exponential at all. A margin covers rounding; the exact
+    scores decide later.
     """
     margin = 1e-3
     best = logits_NAC[..., 1:].amax(dim=-1).float()
@@ -156,24 +157,58 @@ def _scores(logits_KC: Tensor, *, function: ScoreFunction) -> Tensor:
     return scores[:, 1:]
 
 
-def _best_of_each_class(candidates: _Candidates, *, k: int, columns: int) -> Tensor:
-    """Indices of the k best candidates of each class of each image, in the order given."""
-    groups = candidates.images * columns + candidates.columns
-    order = candidates.scores.argsort(descending=True, stable=True)
-    order = order[groups[order].argsort(stable=True)]
-    sizes = groups.bincount(minlength=1)
-    rank = torch.arange(len(order), device=order.device) - (sizes.cumsum(0) - sizes)[groups[order]]
-    return order[rank < k].sort().values
+def _best_of_each_class(candidates: _Candidates, *, k: int, columns: int) -> _Candidates:
+    """The k best candidates of each class of each image, in the order given."""
+    groups = _groups(candidates, columns=columns)
+    if len(groups) <= k or int(groups.bincount().max()) <= k:
+        return candidates
+    order, rank = _rank(candidates.scores, groups)
+    return candidates[order[rank < k].sort().values]
 
 
-def _suppress(candidates: _Candidates, *, num_images: int, spec: ModelSpec) -> Tensor:
-    """Indices of the kept candidates, by image, then by score, best first; at most `max_detections` an image."""
-    counts = candidates.images.bincount(minlength=num_images).tolist()
-    span = 2 * _FAR + 2  # boxes of different classes never meet
-    # float64: in float32 an offset rounds the corners (to 1e-5 of the image at 90 classes) and so the IoU.
-    apart = candidates.boxes.double() + candidates.columns[:, None] * span
-    kept, start = [], 0
-    for boxes_K4, scores_K in zip(apart.split(counts), candidates.scores.split(counts), strict=True):
-        kept.append(start + nms(boxes_K4, scores_K.double(), spec.nms_iou_threshold)[: spec.max_detections])
-        start += len(scores_K)
-    return torch.cat(kept) if kept else candidates.images
+def _groups(candidates: _Candidates, *, columns: int) -> Tensor:
+    """A number for each class of each image, int64 [K]."""
+    return candidates.images * columns + candidates.columns
+
+
+def _rank(scores_K: Tensor, groups_K: Tensor) -> tuple[Tensor, Tensor]:
+    """The order by group, then by score, best first, and for each place in it the rank in its group."""
+    order = scores_K.argsort(descending=True, stable=True)
+    order = order[groups_K[order].argsort(stable=True)]
+    return order, rank_in_group(groups_K[order])
+
+
+def _suppress(candidates: _Candidates, *, num_images: int, spec: ModelSpec) -> _Candidates:
+    """The best candidates that no better one of their class overlaps, sorted by image, then by score.
+
+    Whether a candidate is kept depends on better ones alone. So the suppression, whose cost grows with the
+    square of the candidates of a class, starts with the best few of each image and takes more for images of
+    which these leave less than `max_detections`.
+    """
+    order, rank = _rank(candidates.scores, candidates.images)
+    candidates = candidates[order]
+    num_candidates = candidates.images.bincount(minlength=num_images)
+    finished, size = [], 4 * spec.max_detections
+    while True:
+        best = candidates[rank < size]
+        groups = _groups(best, columns=spec.num_classes)
+        best = best[nms(best.boxes, groups, iou_threshold=spec.nms_iou_threshold)]
+        best = best[rank_in_group(best.images) < spec.max_detections]
+        num_kept = best.images.bincount(minlength=num_images)
+        done = (num_kept >= spec.max_detections) | (num_candidates <= size)
+        finished.append(best[done[best.images]])
+        unfinished = ~done[candidates.images]
+        candidates, rank = candidates[unfinished], rank[unfinished]
+        if len(rank) == 0:
+            return _by_image(finished)
+        size *= 2
+
+
+def _by_image(parts: list[_Candidates]) -> _Candidates:
+    """Parts with different images as one, sorted by image."""
+    if len(parts) == 1:
+        return parts[0]
+    whole = _Candidates(
+        *(torch.cat(values) for values in zip(*(vars(part).values() for part in parts), strict=True))
+    )
+    return whole[whole.images.argsort(stable=True)]

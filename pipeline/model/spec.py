@@ -64,9 +64,9 @@ class ModelSpec:
     provenance: str = ""
 
     def __post_init__(self) -> None:
-        if len(self.class_names) != len(self.label_ids):
+        if not self.class_names or len(self.class_names) != len(self.label_ids):
             raise CheckpointError(
-                f"{len(self.class_names)} class names but {len(self.label_ids)} label ids; each class needs one id"
+                f"{len(self.class_names)} class names, {len(self.label_ids)} label ids; each class needs both"
             )
         if self.channel_order != "rgb" or self.background_index != 0:
             raise CheckpointError(

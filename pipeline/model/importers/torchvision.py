@@ -25,9 +25,18 @@ DOWNLOADS = {
 }
 
 # Positions of the layers in torchvision's `features` and `extra.0` -> Caffe's names.
-_FEATURES = dict(
-    zip((0, 2, 5, 7, 10, 12, 14, 17, 19, 21), "1_1 1_2 2_1 2_2 3_1 3_2 3_3 4_1 4_2 4_3".split(), strict=True)
-)
+_FEATURES = {
+    0: "1_1",
+    2: "1_2",
+    5: "2_1",
+    7: "2_2",
+    10: "3_1",
+    12: "3_2",
+    14: "3_3",
+    17: "4_1",
+    19: "4_2",
+    21: "4_3",
+}
 _CONV5 = {1: "5_1", 3: "5_2", 5: "5_3"}
 _FC = {1: "fc6", 3: "fc7"}
 
@@ -88,7 +97,7 @@ _MAX_LOG_SIZE = torch.log(torch.tensor(1000 / 16, dtype=torch.float64)).item()
 
 
 def find_download(name: str) -> tuple[str, str]:
-    """Architecture and address of the weights `name`. Raises: CheckpointError with the names that there are."""
+    """Architecture and address of the weights `name`. Raises: CheckpointError naming those there are."""
     if name not in DOWNLOADS:
         known = ", ".join(f"torchvision:{known}" for known in DOWNLOADS)
         raise CheckpointError(f"unknown weights torchvision:{name}; there are {known}")
