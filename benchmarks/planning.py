@@ -3,7 +3,7 @@
     python benchmarks/planning.py [--rows 10000000] [--shards 100000] [--json FILE]
 
 Prints one table. The input is synthetic: empty files for the listing, a ledger of `--rows` images in parts of
-250,000 for the anti-join. Peak memory is that of this process, measured in a child for each step.
+250,000 for the anti-join. Each step runs in a process of its own, whose peak memory is given.
 """
 
 import argparse
@@ -20,7 +20,6 @@ import pyarrow as pa
 
 from pipeline import schema
 from pipeline.inference import ledger
-from pipeline.inference.plan import group_tasks, plan_work, read_settings
 from pipeline.inference.lock import Lock
 
 
@@ -34,10 +33,11 @@ def write_ledger(output: str, rows: int, shards: int) -> None:
             shard, position = index // size, index % size
             names, codes = np.unique(shard, return_inverse=True)
             dictionary = pa.array([f"shard-{n:06d}.tar" for n in names])
-            text = {name: pa.array([""] * len(index)) for name in ("error_stage", "error_type", "error_message")}
+            empty = pa.array([""] * len(index))
+            ids = [f"shard-{s:06d}.tar/{p:06d}.jpg" for s, p in zip(shard, position, strict=True)]
             table = pa.table(
                 {
-                    "image_id": pa.array([f"shard-{s:06d}.tar/{p:06d}.jpg" for s, p in zip(shard, position)]),
+                    "image_id": pa.array(ids),
                     "uri": pa.array(["u"] * len(index)),
                     "shard": pa.DictionaryArray.from_arrays(pa.array(codes.astype(np.int32)), dictionary),
                     "shard_index": pa.array(position.astype(np.int32)),
@@ -47,7 +47,9 @@ def write_ledger(output: str, rows: int, shards: int) -> None:
                     "num_bytes": pa.array(np.full(len(index), 100_000, np.int64)),
                     "num_detections": pa.array(np.zeros(len(index), np.int32)),
                     "status": pa.array(["ok"] * len(index)),
-                    **text,
+                    "error_stage": empty,
+                    "error_type": empty,
+                    "error_message": empty,
                 }
             ).cast(schema.IMAGES)
             metadata = ledger.part_metadata(fingerprint="f", model="{}", run="r0001", round=0)
@@ -57,19 +59,19 @@ def write_ledger(output: str, rows: int, shards: int) -> None:
 
 def measure(step: str, folder: str) -> dict[str, float]:
     """Run one step in a child process: seconds of the step, peak MB of the child."""
-    code = f"import benchmarks.planning as p; p.{step}({folder!r})"
-    out = subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True)
-    return json.loads(out.stdout)
+    command = [sys.executable, __file__, "--step", step, "--folder", folder]
+    return json.loads(subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout)
 
 
 def plan_shards(folder: str) -> None:
     """List all shards and make the read tasks of a first run."""
     from pipeline.config import InferConfig
     from pipeline.data.shards import list_shards
-    from pipeline.model.checkpoint import read_spec
+    from pipeline.inference.plan import group_tasks, plan_work, read_settings  # imports torch
+    from pipeline.model.checkpoint import DEFAULT_WEIGHTS, read_spec
 
     config = InferConfig(input=f"{folder}/shards", output=f"{folder}/none")
-    settings = read_settings(config, read_spec(""))
+    settings = read_settings(config, read_spec(DEFAULT_WEIGHTS))
     start = time.perf_counter()
     work = plan_work(config, settings, list_shards(config.input), ledger.Ledger())
     _print(start, shards=len(work), tasks=len(group_tasks(work)))
@@ -92,11 +94,18 @@ def _print(start: float, **counts: int) -> None:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--rows", type=int, default=10_000_000)
     parser.add_argument("--shards", type=int, default=100_000)
     parser.add_argument("--json", type=Path)
+    parser.add_argument("--step", help=argparse.SUPPRESS)
+    parser.add_argument("--folder", help=argparse.SUPPRESS)
     args = parser.parse_args()
+    if args.step:
+        {"plan_shards": plan_shards, "anti_join": anti_join}[args.step](args.folder)
+        return
     with tempfile.TemporaryDirectory() as folder:
         shards = Path(folder, "shards")
         shards.mkdir()
