@@ -115,16 +115,16 @@ def _candidates(
     """All pairs with a score above the threshold; scores and boxes are computed only where one can be."""
     num_priors = priors_cxcywh.shape[0]
     rows = _promising(logits_NAC, function=spec.score_function, threshold=threshold)
-    scores = _scores(logits_NAC.flatten(0, 1)[rows].float(), function=spec.score_function)
+    scores = class_scores(logits_NAC.flatten(0, 1)[rows].float(), function=spec.score_function)
     row, column = (scores > threshold).nonzero(as_tuple=True)
-    decoded = boxes.decode(
-        deltas_NA4.flatten(0, 1)[rows].float(),
-        priors_cxcywh[rows % num_priors],
-        weights=spec.coder_weights,
-        max_log_size=spec.max_log_size,
-    )
-    decoded = boxes.clip(decoded) if spec.clip_before_nms else boxes.clip(decoded, low=-_FAR, high=1 + _FAR)
+    decoded = decode(deltas_NA4.flatten(0, 1)[rows].float(), priors_cxcywh[rows % num_priors], spec=spec)
     return _Candidates(rows[row] // num_priors, column + 1, scores[row, column], decoded[row])
+
+
+def decode(deltas: Tensor, priors_cxcywh: Tensor, *, spec: ModelSpec) -> Tensor:
+    """Corners [..., 4] in fractions of the image from deltas [..., 4], as the suppression compares them."""
+    decoded = boxes.decode(deltas, priors_cxcywh, weights=spec.coder_weights, max_log_size=spec.max_log_size)
+    return boxes.clip(decoded) if spec.clip_before_nms else boxes.clip(decoded, low=-_FAR, high=1 + _FAR)
 
 
 # How far, in image sizes, an unclipped box may reach: beyond any that a trained network decodes.
@@ -151,10 +151,10 @@ def _logit(probability: float) -> float:
     return math.inf if probability >= 1 else math.log(probability / (1 - probability))
 
 
-def _scores(logits_KC: Tensor, *, function: ScoreFunction) -> Tensor:
-    """Scores of the classes without the background, [K, C - 1]."""
-    scores = logits_KC.softmax(dim=-1) if function == "softmax" else logits_KC.sigmoid()
-    return scores[:, 1:]
+def class_scores(logits: Tensor, *, function: ScoreFunction) -> Tensor:
+    """Scores [..., C - 1] of the classes without the background, of logits [..., C]."""
+    scores = logits.softmax(dim=-1) if function == "softmax" else logits.sigmoid()
+    return scores[..., 1:]
 
 
 def _best_of_each_class(candidates: _Candidates, *, k: int, columns: int) -> _Candidates:
