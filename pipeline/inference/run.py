@@ -450,3 +450,4 @@ def monitoring(plan: Plan, config: InferConfig, weights: bytes) -> Iterator[Any]
     finally:
         stop.set()
         thread.join()
+        ray.kill(monitor)
