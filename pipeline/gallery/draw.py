@@ -16,6 +16,7 @@ Box = tuple[int, int, int, int]
 
 PAPER: Color = (246, 246, 244)
 INK: Color = (32, 33, 36)
+LUMA = np.array([0.299, 0.587, 0.114])  # how bright red, green and blue look (ITU-R BT.601)
 GAP = 12
 ROW_HEIGHT = 300
 # A panorama or a column of pixels gets a tile of this shape at most, with space around it.
@@ -24,11 +25,18 @@ WIDEST, NARROWEST = 3.0, 0.5
 
 def class_color(class_name: str) -> Color:
     """A strong RGB colour that depends on the name only, so it is the same in every picture."""
-    digest = hashlib.blake2b(class_name.encode(), digest_size=4).digest()
+    digest = hashlib.blake2b(class_name.encode(errors="replace"), digest_size=4).digest()
     hue = int.from_bytes(digest[:2], "big") / 65536
     lightness = (0.42, 0.52, 0.62)[digest[2] % 3]
-    red, green, blue = colorsys.hls_to_rgb(hue, lightness, 0.85)
-    return round(red * 255), round(green * 255), round(blue * 255)
+    color = np.array(colorsys.hls_to_rgb(hue, lightness, 0.85)) * 255
+    too_dark = max(100 - float(color @ LUMA), 0.0)  # blue is: it would not be seen in shadows
+    red, green, blue = (color + (255 - color) * too_dark / 255).round().astype(int).tolist()
+    return red, green, blue
+
+
+def readable_on(color: Color) -> Color:
+    """Black or white, whichever can be read on `color`."""
+    return (0, 0, 0) if np.array(color) @ LUMA > 140 else (255, 255, 255)
 
 
 def draw_boxes(pixels_HW3: np.ndarray, detections: pd.DataFrame) -> Image.Image:
@@ -142,12 +150,7 @@ def _overlap(a: Box, b: Box) -> bool:
 def _draw_label(canvas: ImageDraw.ImageDraw, place: Box, text: str, color: Color, font_size: int) -> None:
     canvas.rectangle(place, fill=color)
     corner = (place[0] + _pad(font_size), place[1] + _pad(font_size))
-    canvas.text(corner, text, fill=_readable_on(color), font=_font(text, font_size))
-
-
-def _readable_on(color: Color) -> Color:
-    red, green, blue = color
-    return (0, 0, 0) if 0.299 * red + 0.587 * green + 0.114 * blue > 140 else (255, 255, 255)
+    canvas.text(corner, text, fill=readable_on(color), font=_font(text, font_size))
 
 
 # ---- sheets ------------------------------------------------------------------------------------------
