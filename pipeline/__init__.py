@@ -19,7 +19,8 @@ Where to look:
 
 The inference flow, in reading order: jobs/infer.py, inference/plan.py, inference/run.py, inference/blocks.py,
 data/shards.py, data/images.py, model/detector.py, model/ssd.py, model/postprocess.py, inference/sink.py,
-inference/ledger.py, results/read.py. Imports point down this list of layers only (tests/test_architecture.py).
+inference/ledger.py, results/read.py. Imports point down only, see
+CONTRIBUTING.md; tests/test_architecture.py keeps it so.
 """
 
 __version__ = "0.1.0"

@@ -4,6 +4,7 @@
 is one line with exit code 2.
 """
 
+import signal
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass, fields
@@ -24,8 +25,12 @@ def run_job(main: Callable[[Config], int], config: type[Config], description: st
     """
     import tyro  # only jobs need it
 
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))  # parts are atomic: just stop
     try:
         return main(tyro.cli(config, description=description))
+    except KeyboardInterrupt:
+        print("stopped; the same command goes on from here", file=sys.stderr)
+        return 128 + signal.SIGINT
     except PipelineError as error:
         print(f"error: {error}", file=sys.stderr)
         return REFUSED

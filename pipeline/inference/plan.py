@@ -16,7 +16,7 @@ import pyarrow.parquet as pq
 
 from pipeline import schema, storage
 from pipeline.config import InferConfig
-from pipeline.data.shards import Shard, list_shards
+from pipeline.data.shards import Shard
 from pipeline.errors import ConfigError
 from pipeline.inference.blocks import ReadSettings, Work
 from pipeline.inference.ledger import Ledger, read_ledger, sweep
@@ -165,13 +165,12 @@ def _short(value: object) -> str:
     return text if len(text) <= 60 else text[:57] + "..."
 
 
-def make_plan(config: InferConfig, settings: ReadSettings, fingerprint: str) -> Plan:
-    """List the input, sweep the output and subtract. The lock must be held.
+def make_plan(config: InferConfig, settings: ReadSettings, fingerprint: str, shards: list[Shard]) -> Plan:
+    """Sweep the output and subtract what it holds from `shards`. The lock must be held.
 
     Raises:
-        ConfigError: nothing to read, or shards changed since they were finished.
+        ConfigError: shards changed since they were run.
     """
-    shards = list_shards(config.input)
     known = sweep(config.output)
     ledger = read_ledger(config.output, known)
     redone = changed_shards(config, shards, ledger)

@@ -76,7 +76,7 @@ def finish_report(
         images_per_second=round(counts.images / max(seconds, 1e-9), 2) if counts.images else 0.0,
         steady_images_per_second=round(progress.steady_rate, 2),
         num_detectors=num_detectors,
-        steady_images_per_second_per_detector=round(progress.steady_rate / num_detectors, 2),
+        steady_images_per_second_per_detector=round(progress.steady_rate / max(num_detectors, 1), 2),
         read_s=round(counts.read_s, 2),
         decode_s=round(counts.decode_s, 2),
         detect_s=round(counts.detect_s, 2),

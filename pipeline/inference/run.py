@@ -19,6 +19,7 @@ from ray.util.metrics import Gauge as MetricGauge
 
 from pipeline import runtime, storage
 from pipeline.config import InferConfig, flags
+from pipeline.data.shards import list_shards
 from pipeline.errors import BudgetError, ConfigError, PipelineError
 from pipeline.inference.blocks import DetectImages, ReadSettings, Work, read_blocks
 from pipeline.inference.ledger import Ledger, compact, part_metadata, read_ledger, remove_late
@@ -77,40 +78,59 @@ def infer(config: InferConfig, *, detector: type | None = None) -> Report:
     spec = checkpoint.read_spec(config.weights)
     fingerprint = run_fingerprint(config, spec, checkpoint.weights_sha256(config.weights))
     settings = read_settings(config, spec)
+    shards = list_shards(config.input)
     check_writable(config.output)
     if config.overwrite:
         with Lock(config.output):
             clear(config.output)
     check_output(config, fingerprint)
-    runtime.start_ray()
-    pool = choose_pool(config)
     with Lock(config.output) as lock:
         record = {"flags": flags(config), "fingerprint": fingerprint}
         storage.write_atomic(
             storage.join(config.output, "_run", "config.json"), json.dumps(record, indent=2).encode()
         )
-        plan = make_plan(config, settings, digest(fingerprint))
+        plan = make_plan(config, settings, digest(fingerprint), shards)
         save_shards(plan)
         logger.info(
-            "%s: %s shards, %s of them finished before; %s on %s",
+            "%s: %s shards, %s of them finished before",
             config.input,
             f"{len(plan.shards):,}",
             f"{plan.num_finished_shards:,}",
-            spec.architecture,
-            pool.device,
         )
-        if plan.work:
-            logger.info("starting %d detectors ...", pool.min_size)
-        with monitoring(plan, config, weights) as monitor:
-            try:
-                run_passes(plan, spec, pool, config, lock, monitor, detector or LoadedDetector)
-                over_budget = False
-            except BudgetError:
-                over_budget = True
-            progress: Progress = ray.get(monitor.progress.remote())
+        done = (
+            run_plan(plan, spec, weights, config, lock, detector or LoadedDetector)
+            if plan.work
+            else Outcome(progress_of(plan), num_detectors=0, over_budget=False)
+        )
         remove_late(config.output, plan.known, run_name(lock))
         parts = compact(config.output, run_name(lock), superseded=plan.round > 0, lock=lock.ref)
-        return finish_report(config, plan, parts, progress, pool.max_size, stopped=over_budget)
+        return finish_report(config, plan, parts, done.progress, done.num_detectors, stopped=done.over_budget)
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What `run_plan` did."""
+
+    progress: Progress
+    num_detectors: int
+    over_budget: bool
+
+
+def run_plan(
+    plan: Plan, spec: ModelSpec, weights: bytes, config: InferConfig, lock: Lock, detector: type
+) -> Outcome:
+    """Start Ray and run the plan until every image has its row or the error budget is spent."""
+    runtime.start_ray()
+    pool = choose_pool(config)
+    logger.info("%s: starting %d detectors on %s ...", spec.architecture, pool.min_size, pool.device)
+    with monitoring(progress_of(plan), config, weights) as monitor:
+        try:
+            run_passes(plan, spec, pool, config, lock, monitor, detector)
+            over_budget = False
+        except BudgetError:
+            over_budget = True
+        progress: Progress = ray.get(monitor.progress.remote())
+    return Outcome(progress, pool.max_size, over_budget)
 
 
 # ---- the chain ---------------------------------------------------------------------------------------
@@ -424,17 +444,21 @@ class Monitor:
         return self._progress
 
 
-@contextmanager
-def monitoring(plan: Plan, config: InferConfig, weights: bytes) -> Iterator[Any]:
-    """A monitor, and a thread that prints its progress line every few seconds."""
+def progress_of(plan: Plan) -> Progress:
+    """The progress of a plan of which nothing is done yet."""
     loose = sum(item.shard.kind == "image" for item in plan.work)
-    progress = Progress(
+    return Progress(
         done_before=plan.num_finished_images,
         done_of_packed=sum(len(item.skip) for item in plan.work),
         num_loose=loose,
         num_packed=len(plan.work) - loose,
     )
-    monitor = Monitor.remote(progress, config.max_failed_fraction, weights)
+
+
+@contextmanager
+def monitoring(progress: Progress, config: InferConfig, weights: bytes) -> Iterator[Any]:
+    """A monitor, and a thread that prints its progress line every few seconds."""
+    monitor: Any = Monitor.remote(progress, config.max_failed_fraction, weights)
     stop = threading.Event()
 
     def report() -> None:
