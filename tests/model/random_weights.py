@@ -4,6 +4,8 @@ As initialised, their scores are all but equal: an equality test would prove not
 statistics of activations, disturbed at random; the class heads give logits of a standard deviation of 3, and
 the background has a bias such that about 800 candidates of an image pass 0.01.
 """
+# pyright: reportArgumentType=false, reportAttributeAccessIssue=false, reportCallIssue=false
+# pyright: reportGeneralTypeIssues=false, reportIndexIssue=false, reportOptionalMemberAccess=false
 
 import torch
 from torch import Tensor, nn
@@ -18,7 +20,7 @@ def torchvision_model(name: str, *, seed: int, num_classes: int = 91) -> tuple[S
         name
     ]
     model = make(weights=None, weights_backbone=None, num_classes=num_classes)
-    size = model.transform.fixed_size[0]
+    size = 300 if name == "ssd300_vgg16" else 320
     image = _image(size)
     batch = model.transform([image])[0].tensors
     norms = [module for module in model.modules() if isinstance(module, nn.BatchNorm2d)]

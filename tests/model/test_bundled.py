@@ -20,7 +20,7 @@ def bundled():
 
 
 @pytest.fixture(scope="module")
-def converted(request):
+def converted():
     """The model converted anew from the published float32 tensors."""
     from tests.conftest import shared
 
@@ -51,8 +51,10 @@ def test_raw_outputs_are_the_published_ones(converted, reference, image):
 
 @pytest.mark.parametrize("image", IMAGES)
 def test_detections_are_the_published_ones(converted, reference, image):
+    deltas, logits = predict(converted, reference, image)
     found = postprocess(
-        *predict(converted, reference, image),
+        deltas,
+        logits,
         converted.priors_cxcywh,
         sizes_N2=torch.from_numpy(reference[f"{image}.image_size_wh"])[None],
         spec=converted.spec,
