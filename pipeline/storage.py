@@ -192,8 +192,8 @@ def write_atomic(uri: str, data: bytes) -> None:
 def create_exclusive(uri: str, data: bytes) -> bool:
     """Write the file only if there is none of this name; False where there is.
 
-    Exact on local disks (hard link) and on stores with conditional writes (S3 `If-None-Match: *`). Stores that
-    ignore the condition overwrite: see `honours_exclusive`.
+    Exact on local disks (hard link) and on stores with conditional writes (S3 `If-None-Match: *`). Stores
+    that ignore the condition overwrite: see `honours_exclusive`.
     A retry after a lost answer finds our own file, so the same bytes count as created: let `data` be unique
     to its writer.
     """
