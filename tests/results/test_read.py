@@ -3,10 +3,12 @@ import numpy as np
 import pandas as pd
 import pyarrow.parquet as pq
 import pytest
+import s3fs
 
-from pipeline import schema
+from pipeline import schema, storage
 from pipeline.errors import ConfigError, StorageError
 from pipeline.results import iter_detections, load_detections, load_images, summarise
+from tests import servers
 from tests.outputs import box, failed_image, image, write_part
 
 
@@ -177,3 +179,30 @@ def test_results_in_an_object_store_are_read_as_local_ones(output):
     )
     assert summarise(remote).num_images == 4
     store.rm("/results-of-a-test", recursive=True)
+
+
+def test_only_the_columns_asked_for_are_fetched_from_an_object_store(tmp_path, monkeypatch):
+    rng = np.random.default_rng(0)
+    boxes = [box("a.jpg", "dog", 0.9, xmin=rng.random(), ymin=rng.random()) for _ in range(20_000)]
+    write_part(tmp_path, "p", [image("a.jpg", len(boxes))], boxes)
+    size = (tmp_path / "detections/p-d.parquet").stat().st_size
+    with servers.moto() as environment:
+        for name, value in environment.items():
+            monkeypatch.setenv(name, value)
+        s3fs.S3FileSystem.clear_instance_cache()  # those of other tests know other servers
+        store, _ = storage.split("s3://bucket-of-results/out")
+        store.mkdir("bucket-of-results")
+        store.put(str(tmp_path), "bucket-of-results/out", recursive=True)
+        fetched = []
+        call = s3fs.S3FileSystem._call_s3
+
+        async def counted(self, method, *args, **kwargs):
+            answer = await call(self, method, *args, **kwargs)
+            if method == "get_object":
+                fetched.append(answer["ContentLength"])
+            return answer
+
+        monkeypatch.setattr(s3fs.S3FileSystem, "_call_s3", counted)
+        assert len(load_detections("s3://bucket-of-results/out", columns=["class_name"])) == len(boxes)
+        s3fs.S3FileSystem.clear_instance_cache()
+    assert sum(fetched) < size / 3
