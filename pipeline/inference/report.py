@@ -1,6 +1,7 @@
 """The end of a run: `_run/report.json`, the summary for people, and what limited the speed."""
 
 import json
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 
@@ -8,8 +9,11 @@ from pipeline import storage
 from pipeline.config import InferConfig
 from pipeline.inference.plan import Plan
 from pipeline.results.parts import Part
-from pipeline.results.read import summarise
+from pipeline.results.read import iter_detections, summarise
 from pipeline.runlog import Progress, duration
+
+CONFIDENT = 0.5  # score from which the summary counts a detection as meant
+CLASSES_SHOWN = 12
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -43,6 +47,8 @@ class Report:
     """Failed images of this run by "stage: type"."""
     classes: dict[str, int]
     """Detections in the output by class name, most frequent first."""
+    confident_classes: dict[str, int]
+    """The same, of the detections with a score of at least 0.5."""
     limited_by: str
     num_parts: int
     over_budget: bool
@@ -60,6 +66,9 @@ def finish_report(
 ) -> Report:
     """Count the output, write `_run/report.json` and return it."""
     summary = summarise(config.output)
+    confident = Counter[str]()
+    for frame in iter_detections(config.output, min_score=CONFIDENT, columns=["class_name"]):
+        confident.update(frame.class_name.tolist())
     counts, seconds = progress.counts, progress.seconds
     busy = counts.detect_s / max(progress.steady_seconds * num_detectors, 1e-9)
     failed_fraction = summary.num_failed / max(summary.num_images, 1)
@@ -84,6 +93,7 @@ def finish_report(
         num_retries=int(counts.num_retries),
         errors=dict(counts.errors),
         classes=dict(zip(summary.classes.class_name, map(int, summary.classes.num_detections), strict=True)),
+        confident_classes=dict(confident.most_common()),
         limited_by=limited_by(progress, busy),
         num_parts=len(parts),
         over_budget=stopped or failed_fraction > config.max_failed_fraction,
@@ -127,13 +137,16 @@ def summary_text(report: Report) -> str:
             f"({report.steady_images_per_second:,.1f} after start-up)"
         )
     for error, number in report.errors.items():
-        lines.append(f"  failed  {error:<30} {number:>8,}")
+        lines.append(f"  failed: {error:<22} {number:>14,}")
     if report.num_retries:
         lines.append(f"  {report.num_retries:,} storage calls were repeated")
-    for name, number in list(report.classes.items())[:12]:
-        lines.append(f"  {name:<38} {number:>8,}")
-    if len(report.classes) > 12:
-        lines.append(f"  ... and {len(report.classes) - 12} more classes")
+    names = sorted(report.classes, key=lambda name: -report.confident_classes.get(name, 0))
+    if names:
+        lines.append(f"  {'detections':<30} {f'score >= {CONFIDENT}':>14} {'all':>10}")
+    for name in names[:CLASSES_SHOWN]:
+        lines.append(f"  {name:<30} {report.confident_classes.get(name, 0):>14,} {report.classes[name]:>10,}")
+    if len(names) > CLASSES_SHOWN:
+        lines.append(f"  ... and {len(names) - CLASSES_SHOWN} more classes")
     lines += [report.limited_by, "", "Go on with pandas:", ""]
     lines += [
         "  from pipeline.results import load_detections, load_images",
