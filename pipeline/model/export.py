@@ -83,15 +83,15 @@ _RAW = ("deltas", "logits")
 
 def _onnx(module: nn.Module, inputs: dict[str, Tensor], outputs: Sequence[str], *, spec: ModelSpec) -> bytes:
     """The ONNX file of a module, with any number of images."""
-    shapes = [{0: torch.export.Dim.DYNAMIC} for _ in inputs]
-    shapes[0] = {0: torch.export.Dim("batch")}
+    batch: dict[int, Any] = {0: torch.export.Dim("batch")}
+    same: dict[int, Any] = {0: torch.export.Dim.DYNAMIC}  # the exporter warns of one name for two inputs
     try:
         program = torch.onnx.export(
             module.eval(),
             tuple(inputs.values()),
             input_names=list(inputs),
             output_names=list(outputs),
-            dynamic_shapes=shapes,
+            dynamic_shapes=(batch, same)[: len(inputs)],
             opset_version=_OPSET,
             dynamo=True,
             custom_translation_table={torch.ops.shardshot.suppress.default: _suppress_in_onnx()},

@@ -7,16 +7,12 @@ import torch
 from pipeline.errors import CheckpointError
 from pipeline.model.importers.releases import import_release
 from tests.model.importers import originals
-from tests.model.importers.test_ssd_pytorch import name_of
+from tests.model.importers.test_ssd_pytorch import make_state
 
 
 @pytest.fixture(scope="module")
 def state():
-    layers, scale = originals.random_vgg(300, 21, background=12, seed=8)
-    state = {"L2Norm.weight": scale}
-    for layer, (weight, bias) in layers.items():
-        state[f"{name_of(layer)}.weight"], state[f"{name_of(layer)}.bias"] = weight, bias
-    return state
+    return make_state(21, seed=8)
 
 
 def test_a_release_is_recognised_in_a_safetensors_file(state):
