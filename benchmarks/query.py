@@ -4,8 +4,8 @@
 
 The question is "where are dogs with a score of at least 0.5": which images, and which with their boxes. The
 table is synthetic: 50 boxes an image from a score of 0.05 on, classes about as frequent as in COCO, scores as
-the bundled detector gives them. Bytes are counted where the file system is read. Each way runs in a process of
-its own, three times in turn (JSON once: it takes a minute and gigabytes).
+the bundled detector gives them. Bytes are counted where the file system is read. Each way runs in a process
+of its own, three times in turn (JSON once: it takes a minute and gigabytes).
 """
 
 import argparse
@@ -213,7 +213,7 @@ def make_part(
 ) -> tuple[pa.Table, pa.Table]:
     """Images `first` to `first + count` and their boxes."""
     num_boxes = count * BOXES_PER_IMAGE
-    scores = np.minimum(0.05 - np.log1p(-rng.random((count, BOXES_PER_IMAGE)) * 0.9999) * 0.11, 0.999)
+    scores = np.minimum(0.05 - np.log1p(-rng.random((count, BOXES_PER_IMAGE)) * 0.9999) * 0.155, 0.999)
     scores = -np.sort(-scores, axis=1).ravel()
     centres = rng.uniform((0, 0), (640, 480), (num_boxes, 2))
     sizes = np.exp(rng.normal(4, 0.9, (num_boxes, 2)))

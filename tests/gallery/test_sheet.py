@@ -60,6 +60,11 @@ def test_a_sheet_of_a_run_has_its_photographs_with_boxes(photographs):
     assert len(np.unique(sheet.reshape(-1, 3), axis=0)) > 500
 
 
+def test_a_sheet_can_show_the_images_of_a_class_only(photographs):
+    assert sheet_of_run(photographs / "out", class_names="dog").size[1] > 100
+    assert sheet_of_run(photographs / "out", class_names="cat").size[1] < 100
+
+
 def test_a_sheet_of_a_run_without_boxes_or_images_is_still_a_picture(tmp_path):
     write_part(tmp_path, "part-0", [], [])
     assert sheet_of_run(tmp_path).size[0] == 1600
