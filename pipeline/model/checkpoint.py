@@ -16,7 +16,7 @@ import torch
 from pipeline import storage
 from pipeline.errors import CheckpointError, StorageError
 from pipeline.model.spec import ModelSpec
-from pipeline.model.ssd import SSD
+from pipeline.model.ssd import SSD, load_weights
 
 DEFAULT_WEIGHTS = "coco_ssdlite300_mobilenet_v2"
 
@@ -147,9 +147,8 @@ def _spec_in(data: bytes) -> ModelSpec | None:
 def _load(data: bytes, spec: ModelSpec, source: str) -> SSD:
     model = SSD(spec)
     try:
-        model.load_state_dict(safetensors.torch.load(data))
-    except (RuntimeError, safetensors.SafetensorError) as error:
-        raise CheckpointError(
-            f"{source}: damaged, or not the weights of {spec.architecture}: {error}"
-        ) from error
+        state = safetensors.torch.load(data)
+    except safetensors.SafetensorError as error:
+        raise CheckpointError(f"{source}: damaged ({error}); fetch or write it again") from error
+    load_weights(model, state, source=f"the header of {source}")
     return model

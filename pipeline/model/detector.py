@@ -67,7 +67,8 @@ class Detector:
     def _detect(self, images_NHW3: torch.Tensor, sizes_N2: torch.Tensor) -> Detections[torch.Tensor]:
         if self.device.type == "cuda":  # a quarter of the bytes of float32, copied while the host goes on
             images_NHW3 = images_NHW3.pin_memory().to(self.device, non_blocking=True)
-        # The permuted view of NHWC bytes is channels_last, which is faster on both kinds of device.
+        # The permuted view of NHWC bytes is channels_last. Time of a forward on one core, contiguous over
+        # channels_last: 1.66 (ssdlite300), 1.14 (ssdlite320), 1.23 (ssd300_vgg16), 1.07 (ssd300_resnet50).
         images_N3HW = images_NHW3.permute(0, 3, 1, 2).float() * self._factor + self._shift
         deltas_NA4, logits_NAC = self.model(images_N3HW)
         return postprocess(

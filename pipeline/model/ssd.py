@@ -20,12 +20,12 @@ convolutions, so it is trained without, too.
 """
 
 from collections import OrderedDict
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 
 import torch
 from torch import Tensor, nn
 
-from pipeline.errors import ConfigError
+from pipeline.errors import CheckpointError, ConfigError
 from pipeline.model.anchors import PriorSet, prior_boxes
 from pipeline.model.architectures import Architecture, Extra, find_architecture
 from pipeline.model.backbones import Backbone
@@ -110,6 +110,17 @@ class SSD(nn.Module):
         return torch.cat([deltas for deltas, _ in outputs], dim=1), torch.cat(
             [logits for _, logits in outputs], dim=1
         )
+
+
+def load_weights(model: SSD, state: Mapping[str, Tensor], *, source: str) -> None:
+    """Put `state` into the model. Raises: CheckpointError, one line, where names or shapes don't fit."""
+    try:
+        model.load_state_dict(state)
+    except RuntimeError as error:
+        what = " ".join(str(error).split())  # PyTorch gives a line for each of hundreds of names
+        if len(what) > 300:
+            what = what[:300] + " ..."
+        raise CheckpointError(f"not the {model.spec.architecture} weights of {source}: {what}") from error
 
 
 class Head(nn.Module):

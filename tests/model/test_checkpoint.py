@@ -142,8 +142,9 @@ def damaged(path, folder, *, how):
 @pytest.mark.parametrize("how", ["cut", "empty", "text", "other model", "other release"])
 def test_files_that_are_no_checkpoint_are_refused_by_name(path, tmp_path, how):
     file = damaged(path, tmp_path, how=how)
-    with pytest.raises(CheckpointError, match=str(file)):
+    with pytest.raises(CheckpointError, match=str(file)) as caught:
         load_checkpoint(file)
+    assert "\n" not in str(caught.value)
 
 
 def test_unknown_weights_are_refused_with_what_there_is():

@@ -7,7 +7,7 @@ from torch import Tensor
 from pipeline.errors import CheckpointError
 from pipeline.model.classes import COCO_IDS_80, COCO_NAMES_80, VOC_NAMES
 from pipeline.model.spec import ModelSpec
-from pipeline.model.ssd import SSD
+from pipeline.model.ssd import SSD, load_weights
 
 VOC_COLUMNS = len(VOC_NAMES) + 1
 COCO_COLUMNS = len(COCO_NAMES_80) + 1
@@ -40,8 +40,5 @@ def num_columns(state: Mapping[str, Tensor]) -> int:
 def load(spec: ModelSpec, state: Mapping[str, Tensor], *, release: str) -> SSD:
     """The model of `spec` with the weights `state`. Raises: CheckpointError where they don't fit."""
     model = SSD(spec)
-    try:
-        model.load_state_dict(state)
-    except RuntimeError as error:
-        raise CheckpointError(f"not the {spec.architecture} weights of {release}: {error}") from error
+    load_weights(model, state, source=release)
     return model

@@ -12,6 +12,7 @@ from torchvision.models.detection import SSD300_VGG16_Weights, SSDLite320_Mobile
 from pipeline.errors import CheckpointError
 from pipeline.model.architectures import find_architecture
 from pipeline.model.classes import COCO_NAMES_90
+from pipeline.model.importers.common import load
 from pipeline.model.spec import ModelSpec
 from pipeline.model.ssd import SSD
 
@@ -60,18 +61,16 @@ def convert(tensors: dict[str, Tensor]) -> SSD:
     """
     light = "head.classification_head.module_list.0.1.weight" in tensors
     architecture = "ssdlite320_mobilenet_v3_large" if light else "ssd300_vgg16"
-    rename = _lite_name if light else _vgg_name
-    state = {rename(name): tensor for name, tensor in tensors.items()}
-    boxes_per_cell = state["heads.0.boxes.project.bias" if light else "heads.0.boxes.bias"].numel() // 4
-    columns = (
-        state["heads.0.logits.project.bias" if light else "heads.0.logits.bias"].numel() // boxes_per_cell
-    )
-    model = SSD(spec_of(architecture, num_classes=columns))
+    part = ".project.bias" if light else ".bias"
     try:
-        model.load_state_dict(state)
-    except RuntimeError as error:
-        raise CheckpointError(f"not the weights of torchvision's {architecture}: {error}") from error
-    return model
+        state = {(_lite_name if light else _vgg_name)(name): tensor for name, tensor in tensors.items()}
+        boxes_per_cell = state["heads.0.boxes" + part].numel() // 4
+        num_classes = state["heads.0.logits" + part].numel() // boxes_per_cell
+    except KeyError as error:
+        raise CheckpointError(f"torchvision's {architecture}: no tensor or unknown tensor {error}") from error
+    return load(
+        spec_of(architecture, num_classes=num_classes), state, release=f"torchvision's {architecture}"
+    )
 
 
 def spec_of(architecture: str, *, num_classes: int = 91) -> ModelSpec:
