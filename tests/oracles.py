@@ -85,14 +85,15 @@ def sample_patch(boxes: Sequence[Box], rng: random.Random) -> tuple[int, Box]:
             found.append((number, (0.0, 0.0, 1.0, 1.0)))
             continue
         for _ in range(50):
-            patch = _random_patch(rng)
+            patch = random_patch(rng)
             if any(iou(patch, box) >= min_iou for box in boxes):
                 found.append((number, patch))
                 break
     return found[rng.randrange(len(found))]
 
 
-def _random_patch(rng: random.Random) -> Box:
+def random_patch(rng: random.Random) -> Box:
+    """`SampleBBox` of the authors' sampler.cpp, with the limits of ssd_pascal.py."""
     scale = rng.uniform(0.3, 1.0)
     aspect = rng.uniform(0.5, 2.0)
     aspect = max(aspect, scale**2)

@@ -119,6 +119,23 @@ def test_ten_thousand_crops_are_distributed_as_those_of_the_slow_sampler(boxes):
         assert same_distribution([np.histogram(some, bins=12, range=(0, 1.0001))[0] for some in values])
 
 
+def test_fifty_thousand_candidate_patches_are_distributed_as_the_slow_ones():
+    size, slow_rng = 3000, random.Random(2)
+    window = Window(0, 0, size, size)
+    ours = augment._random_patches(window, 50_000, np.random.default_rng(2)) / size
+    slow = np.array([oracles.random_patch(slow_rng) for _ in range(50_000)])
+
+    for quantity in (
+        lambda patches: patches[:, 2] - patches[:, 0],
+        lambda patches: patches[:, 3] - patches[:, 1],
+        lambda patches: (patches[:, 2] - patches[:, 0]) / (patches[:, 3] - patches[:, 1]),
+        lambda patches: patches[:, 0],
+        lambda patches: patches[:, 3],
+    ):
+        bins = np.linspace(0, 2.0001 if quantity(slow).max() > 1.5 else 1.0001, 21)
+        assert same_distribution([np.histogram(quantity(patches), bins)[0] for patches in (ours, slow)])
+
+
 def same_distribution(counts) -> bool:
     """Whether two rows of counts can come from one multinomial, at a risk of 1 in 1000 (fixed seeds)."""
     seen = np.array(counts)[:, np.sum(counts, axis=0) > 20]

@@ -13,7 +13,7 @@ from torchvision.ops import box_iou
 from pipeline import boxes
 from pipeline.errors import ImageError
 from pipeline.model.anchors import COCO_300, VOC_300, prior_boxes
-from pipeline.model.matching import match, match_ious, pad_targets
+from pipeline.model.matching import Targets, match, match_ious, pad_targets
 from tests import oracles
 from tests.conftest import shared
 
@@ -138,6 +138,13 @@ def test_images_of_a_batch_do_not_disturb_each_other():
 
     assert together.tolist() == [matched.tolist() for matched in apart]
     assert (together[2] == -1).all()
+
+
+def test_padding_never_matches_whatever_its_boxes():
+    priors_A4 = prior_boxes(VOC_300)
+    targets = Targets(boxes.to_corners(priors_A4)[None, :4], torch.tensor([[1, 0, 0, 1]]))
+
+    assert set(match(targets, priors_A4)[0].tolist()) == {-1, 0, 3}
 
 
 def test_no_image_at_all_is_matched_with_nothing():
