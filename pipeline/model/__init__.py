@@ -2,7 +2,8 @@
 
 Read in this order: `anchors` (default boxes) and `backbones`, put together in `ssd` as `architectures` says;
 `postprocess` turns raw predictions into detections; `checkpoint` keeps a model in one file with its `spec`;
-`detector` runs it all on batches of images. `importers` read the weights of public releases.
+`detector` runs it all on batches of images. `importers` read the weights of public releases. Training adds
+`initialise` (weights before the first step), `matching` and `loss`.
 """
 
 from pipeline.model.anchors import PriorMap, PriorSet
@@ -16,6 +17,7 @@ from pipeline.model.checkpoint import (
     weights_sha256,
 )
 from pipeline.model.detector import Detector
+from pipeline.model.loss import multibox_loss
 from pipeline.model.postprocess import Detections
 from pipeline.model.spec import ModelSpec
 from pipeline.model.ssd import SSD, build_model
@@ -32,6 +34,7 @@ __all__ = [
     "build_model",
     "bundled_weights",
     "load_checkpoint",
+    "multibox_loss",
     "read_spec",
     "save_checkpoint",
     "weights_sha256",
