@@ -98,7 +98,9 @@ def _read_tensors(data: bytes) -> dict[str, Tensor]:
         *(pickle.UnpicklingError, safetensors.SafetensorError, struct.error, RuntimeError, EOFError, OSError),
         *(ValueError, TypeError, LookupError, AttributeError, AssertionError, OverflowError),
     ) as error:  # damaged bytes lead the unpickler anywhere
-        raise CheckpointError(f"no checkpoint that can be read, it may be damaged ({error})") from error
+        raise CheckpointError(
+            f"neither safetensors nor a caffemodel nor a readable pickle of tensors; damaged? ({error})"
+        ) from error
     if isinstance(contents, dict):
         contents = next((contents[key] for key in _STATE_DICT_KEYS if key in contents), contents)
     if not isinstance(contents, dict):

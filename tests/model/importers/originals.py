@@ -235,6 +235,12 @@ def run_postprocess(model: SSD, deltas: torch.Tensor, logits: torch.Tensor, *, w
     )
 
 
+def limits(model: SSD) -> tuple[float, float, int | None, int]:
+    """Score threshold, IoU of the suppression, candidates of a class and detections of an image."""
+    spec = model.spec
+    return spec.score_threshold, spec.nms_iou_threshold, spec.pre_nms_top_k, spec.max_detections
+
+
 def assert_close(ours: torch.Tensor, theirs: torch.Tensor) -> None:
     """Equal within 1e-4 of the spread of the numbers."""
     assert ours.shape == theirs.shape

@@ -141,6 +141,7 @@ def test_ssd300_gives_the_outputs_and_detections_of_the_original(ssd300, tmp_pat
     model = load_checkpoint(path)
     assert model.spec.architecture == "ssd300_vgg16"
     assert model.spec.class_names == VOC_NAMES
+    assert originals.limits(model) == (0.01, 0.45, 400, 200)
     assert model.spec.provenance == "weiliu89/caffe"
     check(model, layers, scale, size=300, sizes=sizes, num_classes=21, label_ids=range(1, 21))
 

@@ -100,6 +100,7 @@ def test_81_columns_are_coco(ssd512):
     assert ssd512.spec.architecture == "ssd512_vgg16"
     assert ssd512.spec.class_names == COCO_NAMES_80
     assert ssd512.spec.label_ids == COCO_IDS_80
+    assert originals.limits(ssd512) == (0.01, 0.45, None, 100)
     assert ssd512.spec.provenance == "lufficc/SSD"
 
 

@@ -96,6 +96,7 @@ def test_21_columns_are_voc(model):
     assert model.spec.architecture == "ssd300_vgg16"
     assert model.spec.class_names == VOC_NAMES
     assert model.spec.label_ids == tuple(range(1, 21))
+    assert originals.limits(model) == (0.01, 0.45, 200, 200)
     assert model.spec.provenance == "amdegroot/ssd.pytorch"
 
 
