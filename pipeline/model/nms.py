@@ -24,15 +24,24 @@ def nms(boxes_K4: Tensor, groups_K: Tensor, *, iou_threshold: float) -> Tensor:
     order = groups_K.argsort(stable=True)
     rank = rank_in_group(groups_K[order])
     better, worse = _overlapping(boxes_K4[order], _pairs(rank), iou_threshold=iou_threshold)
-    # A box stays unless one that stays suppresses it. The best of each group is settled at the start and each
-    # round settles at least the next one, so the rounds end at the only solution; 8 to 10 in measurements.
-    kept = torch.ones_like(rank, dtype=torch.bool)
-    while True:
-        settled = torch.ones_like(kept)
-        settled[worse[kept[better]]] = False
-        if torch.equal(settled, kept):
-            return torch.empty_like(kept).scatter_(0, order, kept)
-        kept = settled
+    gone = _settle(better, worse, num_boxes=len(rank))
+    return torch.empty_like(gone).scatter_(0, order, ~gone)
+
+
+def _settle(better: Tensor, worse: Tensor, *, num_boxes: int) -> Tensor:
+    """Which boxes go, bool [num_boxes], when a box goes if a better one that overlaps it stays.
+
+    In each round, the boxes that are the worse one of no pair stay, those that they overlap go, and so do all
+    pairs with them; what is left is a smaller problem of the same kind. The best box of a group is the worse
+    one of no pair, so this ends; 8 to 10 rounds in measurements.
+    """
+    gone = torch.zeros(num_boxes, dtype=torch.bool, device=better.device)
+    while len(better):
+        waiting = torch.zeros_like(gone).index_fill_(0, worse, True)
+        gone.index_fill_(0, worse[~waiting.index_select(0, better)], True)
+        open_pairs = ~(gone.index_select(0, better) | gone.index_select(0, worse))
+        better, worse = better[open_pairs], worse[open_pairs]
+    return gone
 
 
 def rank_in_group(groups_K: Tensor) -> Tensor:
