@@ -16,8 +16,8 @@ from pipeline.config import EvaluateConfig, run_job
 def main(config: EvaluateConfig) -> int:
     """Run the job; returns the exit code."""
     from pipeline import storage
+    from pipeline.evaluation.numbers import thresholds_by_class
     from pipeline.evaluation.report import measure_run
-    from pipeline.evaluation.run import thresholds_by_class
 
     report = measure_run(config)
     print(report.text())

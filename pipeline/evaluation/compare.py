@@ -6,8 +6,9 @@ from typing import Any
 import numpy as np
 
 from pipeline.errors import ConfigError
+from pipeline.evaluation.numbers import numbers, resampled_aps
 from pipeline.evaluation.quality import interval
-from pipeline.evaluation.run import Evaluation, numbers, resampled_aps
+from pipeline.evaluation.run import Evaluation
 
 NUM_IMAGES = 20
 

@@ -8,7 +8,8 @@ from pipeline.evaluation.coco import NAMES
 from pipeline.evaluation.compare import compare
 from pipeline.evaluation.detections import open_detections
 from pipeline.evaluation.ground_truth import read_ground_truth
-from pipeline.evaluation.run import Evaluation, measure, numbers
+from pipeline.evaluation.numbers import numbers
+from pipeline.evaluation.run import Evaluation, measure
 
 NUM_CLASSES = 30
 NUM_CONFUSIONS = 5

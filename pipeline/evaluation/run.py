@@ -3,16 +3,15 @@
 Classes are measured in groups that fit in memory, here or on a Ray cluster, and put together.
 """
 
-import math
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
-from typing import Any, Literal
+from dataclasses import dataclass
+from typing import Literal
 
 import numpy as np
 
 from pipeline.evaluation.average_precision import all_point_ap, coco_ap, precision_recall, voc07_ap
 from pipeline.evaluation.boxsets import GroundTruth
-from pipeline.evaluation.coco import CocoCurves, class_numbers, coco_curves, coco_numbers, join
+from pipeline.evaluation.coco import CocoCurves, coco_curves, join
 from pipeline.evaluation.detections import OutputFolder, ResultsFile, open_detections
 from pipeline.evaluation.ground_truth import read_ground_truth
 from pipeline.evaluation.matching import Matches, match_coco, match_voc
@@ -23,10 +22,6 @@ from pipeline.evaluation.quality import (
     calibrate,
     confusion,
     in_use,
-    interval,
-    resample_images,
-    resampled_ap,
-    shown_from,
 )
 
 Metric = Literal["coco", "voc", "voc07"]
@@ -34,7 +29,6 @@ Metric = Literal["coco", "voc", "voc07"]
 AP_RULES = {"coco": coco_ap, "voc": all_point_ap, "voc07": voc07_ap}
 # The library wants a dict of about 0.7 kB for each detection.
 DETECTIONS_PER_GROUP = 500_000
-NUM_CONFUSIONS = 20
 
 
 @dataclass(frozen=True)
@@ -174,125 +168,3 @@ def _on_ray(
     task = ray.remote(num_cpus=1)(_measure_group)
     shared = ray.put(truth), ray.put(source)
     return ray.get([task.remote(*shared, labels, metric) for labels in groups])
-
-
-# ---- numbers -----------------------------------------------------------------------------------------
-
-
-def numbers(evaluation: Evaluation, *, num_resamples: int = 0, seed: int = 0) -> dict[str, Any]:
-    """Everything measured as plain values for JSON; -1 where nothing is annotated, as in pycocotools.
-
-    Args:
-        evaluation: from `evaluate`.
-        num_resamples: of the images, for 95 % confidence intervals; 0 leaves them out.
-        seed: of the resamples.
-    """
-    truth, source = evaluation.truth, evaluation.source
-    found: dict[str, Any] = {"metric": evaluation.metric, **_headline(evaluation)}
-    if num_resamples:
-        found["confidence_intervals"] = _intervals(evaluation, found, num_resamples, seed)
-    found |= {
-        "num_images": truth.num_images,
-        "num_failed_images": source.num_failed,
-        "num_annotated": sum(one.num_positives for one in evaluation.matches.values()),
-        "num_detections": sum(len(one.scores) for one in evaluation.matches.values()),
-        "not_annotated_classes": source.not_annotated,
-        "at_threshold": _at_threshold(evaluation),
-        "per_class": {truth.class_names[label]: row for label, row in _per_class(evaluation).items()},
-        "confusions": confusions(evaluation)[:NUM_CONFUSIONS],
-        "calibration": _calibration(evaluation.calibration),
-    }
-    return found
-
-
-def thresholds_by_class(evaluation: Evaluation) -> dict[str, float]:
-    """The score threshold of the highest F1 for each class, for `jobs/infer.py --score-threshold FILE`."""
-    return {
-        evaluation.truth.class_names[label]: best.threshold
-        for label, best in evaluation.best_thresholds.items()
-    }
-
-
-def confusions(evaluation: Evaluation) -> list[dict[str, Any]]:
-    """Pairs of different classes that were taken for each other, the most frequent first."""
-    table = evaluation.confusion[:-1, :-1].copy()
-    np.fill_diagonal(table, 0)
-    rows, columns = np.nonzero(table)
-    order = np.argsort(-table[rows, columns], kind="stable")
-    names = evaluation.class_names
-    return [
-        {"annotated": names[row], "detected": names[column], "count": int(table[row, column])}
-        for row, column in zip(rows[order], columns[order], strict=True)
-    ]
-
-
-def _headline(evaluation: Evaluation) -> dict[str, float]:
-    if evaluation.curves is not None:
-        return coco_numbers(evaluation.curves)
-    return {"mAP": _mean_ap(evaluation, evaluation.matches.values())}
-
-
-def _mean_ap(evaluation: Evaluation, matches: Any) -> float:
-    aps = [
-        np.mean([evaluation.average_precision(one, t) for t in range(len(one.correct))])
-        for one in matches
-        if one.num_positives
-    ]
-    return float(np.mean(aps)) if aps else -1.0
-
-
-def _at_threshold(evaluation: Evaluation) -> dict[str, float]:
-    shown = [shown_from(one, evaluation.score_threshold) for one in evaluation.matches.values()]
-    use = evaluation.in_use
-    return {
-        "score_threshold": use.threshold,
-        "precision": use.precision,
-        "recall": use.recall,
-        "f1": use.f1,
-        evaluation.main_name: _mean_ap(evaluation, shown),
-    }
-
-
-def _per_class(evaluation: Evaluation) -> dict[int, dict[str, Any]]:
-    if evaluation.curves is not None:
-        measured = class_numbers(evaluation.curves)
-    else:
-        measured = {
-            label: {"AP": evaluation.average_precision(one)} for label, one in evaluation.matches.items()
-        }
-    rows = {}
-    for label, one in evaluation.matches.items():
-        counts = {"num_annotated": one.num_positives, "num_detections": len(one.scores)}
-        best = evaluation.best_thresholds.get(label)
-        in_use = {"best_threshold": best.threshold, "best_f1": best.f1} if best else {}
-        rows[label] = {**measured[label], **counts, **in_use}
-    return rows
-
-
-def _intervals(
-    evaluation: Evaluation, measured: dict[str, Any], num_resamples: int, seed: int
-) -> dict[str, Any]:
-    aps_ST = resampled_aps(evaluation, num_resamples, seed)
-    found: dict[str, Any] = {"level": 0.95, "num_resamples": num_resamples, "seed": seed}
-    name = evaluation.main_name
-    found[name] = _plain(interval(aps_ST.mean(axis=1), measured[name]))
-    if evaluation.metric == "coco":
-        found["AP50"] = _plain(interval(aps_ST[:, 0], measured["AP50"]))
-    return found
-
-
-def resampled_aps(evaluation: Evaluation, num_resamples: int, seed: int) -> np.ndarray:
-    """AP of resampled images by IoU threshold, [S, T]; the same seed draws the same images for two runs."""
-    draws_SN = resample_images(np.random.default_rng(seed), evaluation.truth.num_images, num_resamples)
-    return resampled_ap(evaluation.matches.values(), draws_SN, AP_RULES[evaluation.metric])
-
-
-def _calibration(calibration: Calibration) -> dict[str, Any]:
-    columns = {name: values.tolist() for name, values in asdict(calibration).items()}
-    bins = [dict(zip(columns, values, strict=True)) for values in zip(*columns.values(), strict=True)]
-    filled = [{"min_score": i / 10, **row} for i, row in enumerate(bins) if row["num_detections"]]
-    return {"expected_calibration_error": calibration.error, "bins": filled}
-
-
-def _plain(ends: tuple[float, float]) -> list[float]:
-    return [-1.0 if math.isnan(end) else end for end in ends]

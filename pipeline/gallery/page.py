@@ -7,7 +7,7 @@ import io
 import json
 import math
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from importlib.resources import files
 from typing import Any
 
@@ -15,13 +15,12 @@ import numpy as np
 import pandas as pd
 from PIL import Image
 
+from pipeline.gallery import tables
 from pipeline.gallery.draw import class_color, readable_on
 from pipeline.gallery.photographs import COLUMNS, read_photographs
 from pipeline.gallery.sheet import spread
-from pipeline.results import Summary, compare_runs, load_detections, load_images, summarise
+from pipeline.results import compare_runs, load_detections, load_images, summarise
 
-CLASSES_SHOWN = 20
-EXAMPLES_PER_FAILURE = 3
 BOXES_PER_IMAGE = 100
 CHANGED_IMAGES = 24
 PHOTOGRAPH_SIZE = 800  # pixels of the longer side; 60 of them make a page of about 6 MB
@@ -63,11 +62,11 @@ def report_page(
         _resource("page.html"),
         {
             "title": html.escape(output),
-            "model": _model(summary),
-            "tiles": _tiles(summary),
-            "scores": _scores(summary),
-            "failures": _failures(summary, output),
-            "classes": _classes(summary),
+            "model": tables.model(summary),
+            "tiles": tables.tiles(summary),
+            "scores": tables.scores(summary),
+            "failures": tables.failures(summary, output),
+            "classes": tables.classes(summary),
             "changes": "" if changes is None else _changes(changes, baseline),
             "min_score": f"{min_score:g}",
             "gallery_note": _gallery_note(len(images), len(chosen), min_score),
@@ -149,11 +148,7 @@ def _data_url(pixels_HW3: np.ndarray) -> str:
 
 def _class(name: str) -> dict[str, str]:
     color = class_color(name)
-    return {"name": name, "color": _css(color), "ink": _css(readable_on(color))}
-
-
-def _css(color: tuple[int, int, int]) -> str:
-    return f"rgb({color[0]} {color[1]} {color[2]})"
+    return {"name": name, "color": tables.css(color), "ink": tables.css(readable_on(color))}
 
 
 def _gallery_note(num_read: int, num_chosen: int, min_score: float) -> str:
@@ -190,106 +185,16 @@ def _changes(changes: pd.DataFrame, baseline: str) -> str:
     )
     counts = counts.loc[counts.sum(axis=1).sort_values(ascending=False, kind="stable").index]
     rows = [
-        _row(html.escape(str(name)), _signed(more, "+", "good"), _signed(less, "−", "bad"))
+        tables.row(html.escape(str(name)), _signed(more, "+", "good"), _signed(less, "−", "bad"))
         for name, more, less in zip(counts.index, counts["gained"], counts["lost"], strict=True)
     ]
     return (
         f"<section><h2>Changes</h2><p>Against <code>{html.escape(baseline)}</code>: "
         f'<b class="good">{gained:,} boxes gained</b>, <b class="bad">{lost:,} lost</b> (dashed).</p>'
-        f"{_table(('class', 'gained', 'lost'), rows)}"
+        f"{tables.table(('class', 'gained', 'lost'), rows)}"
         '<h2>Largest changes</h2><div id="changes" class="gallery"></div></section>'
     )
 
 
 def _signed(count: int, sign: str, css: str) -> str:
     return f'<span class="{css}">{sign}{count:,}</span>' if count else '<span class="soft">0</span>'
-
-
-# ---- counts ------------------------------------------------------------------------------------------
-
-
-def _model(summary: Summary) -> str:
-    model = summary.model
-    size = f"{model['input_width']}x{model['input_height']}" if "input_width" in model else ""
-    parts = [model.get("architecture", ""), size, f"{len(model.get('class_names', []))} classes"]
-    return html.escape(" · ".join(part for part in parts if part))
-
-
-def _tiles(summary: Summary) -> str:
-    with_box = summary.num_images - summary.num_failed - summary.num_empty
-    tiles = [
-        (f"{summary.num_images:,}", "images"),
-        (f"{summary.num_detections:,}", "detections"),
-        (f"{len(summary.classes):,}", "classes found"),
-        (f"{with_box:,}", "with a box"),
-        (f"{summary.num_empty:,}", "without a box"),
-        (f"{summary.num_failed:,}", "failed"),
-    ]
-    return "".join(
-        f'<div class="card"><b>{value}</b><span class="soft">{name}</span></div>' for value, name in tiles
-    )
-
-
-def _scores(summary: Summary) -> str:
-    """Bars on a logarithmic scale: most detections have low scores."""
-    counts = summary.score_histogram
-    highest = math.log10(1 + counts.max(initial=0)) or 1.0
-    bars = "".join(
-        f'<div style="height:{100 * math.log10(1 + count) / highest:.1f}%" '
-        f'title="{i / 20:.2f} to {(i + 1) / 20:.2f}: {count:,} detections"></div>'
-        for i, count in enumerate(counts.tolist())
-    )
-    axis = "".join(f"<span>{i / 4:.2f}</span>" for i in range(5))
-    label = f"{summary.num_detections:,} detections by score"
-    return (
-        f'<div class="bars" role="img" aria-label="{label}">{bars}</div><div class="axis">{axis}</div>'
-        f'<p class="soft">Detections by score, logarithmic; the highest bar is {counts.max(initial=0):,}.</p>'
-    )
-
-
-def _failures(summary: Summary, output: str) -> str:
-    if not summary.num_failed:
-        return '<p class="soft">None.</p>'
-    columns = ["image_id", "error_stage", "error_type", "error_message"]
-    failed = load_images(output, status="failed", columns=columns)
-    examples = failed.groupby(["error_stage", "error_type"], observed=True).head(EXAMPLES_PER_FAILURE)
-    rows = []
-    for stage, kind, count in summary.failures.itertuples(index=False):
-        some = examples.loc[(examples["error_stage"] == stage) & (examples["error_type"] == kind)]
-        shown = "".join(
-            f"<li><code>{html.escape(image_id)}</code> {html.escape(message)}</li>"
-            for image_id, message in zip(some["image_id"], some["error_message"], strict=True)
-        )
-        rows.append(_row(f"<b>{html.escape(kind)}</b> ({html.escape(stage)})<ul>{shown}</ul>", f"{count:,}"))
-    return _table(("cause, with examples", "images"), rows)
-
-
-def _classes(summary: Summary) -> str:
-    most = max(summary.classes["num_detections"], default=1)
-    rows = []
-    for name, count, images, score in summary.classes.itertuples(index=False):
-        color = _css(class_color(name))
-        bar = f'<i style="width:{100 * count / most:.1f}%;background:{color}"></i>'
-        cells = (f"{count:,}", f"{images:,}", f"{score:.2f}")
-        rows.append(_row(html.escape(name), *cells).replace("</td>", f'</td><td class="share">{bar}</td>', 1))
-    head = ("class", "", "detections", "images", "mean score")
-    more = ""
-    if len(rows) > CLASSES_SHOWN:
-        table = _table(head, rows[CLASSES_SHOWN:])
-        more = f"<details><summary>{len(rows) - CLASSES_SHOWN:,} more classes</summary>{table}</details>"
-    return _table(head, rows[:CLASSES_SHOWN]) + more if rows else '<p class="soft">No detections.</p>'
-
-
-def _table(head: Iterable[str], rows: Iterable[str]) -> str:
-    """The first column is text, the others numbers."""
-    first, *others = head
-    cells = f"<th>{first}</th>" + "".join(
-        f'<th class="{"number" if name else "share"}">{name}</th>' for name in others
-    )
-    return f"<table><thead><tr>{cells}</tr></thead><tbody>{''.join(rows)}</tbody></table>"
-
-
-def _row(first: str, *numbers: str) -> str:
-    return (
-        f"<tr><td>{first}</td>" + "".join(f'<td class="number">{value}</td>' for value in numbers) + "</tr>"
-    )

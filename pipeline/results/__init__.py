@@ -2,7 +2,8 @@
 
 from pipeline.results.compare import compare_runs
 from pipeline.results.export import export_coco, export_yolo, to_supervision
-from pipeline.results.read import Summary, iter_detections, load_detections, load_images, summarise
+from pipeline.results.read import iter_detections, load_detections, load_images
+from pipeline.results.summary import Summary, summarise
 
 __all__ = [
     "Summary",

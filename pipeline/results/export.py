@@ -12,7 +12,8 @@ import pandas as pd
 
 from pipeline import storage
 from pipeline.errors import ConfigError
-from pipeline.results.read import iter_detections, load_images, summarise
+from pipeline.results.read import iter_detections, load_images
+from pipeline.results.summary import summarise
 
 if TYPE_CHECKING:
     import supervision

@@ -6,14 +6,12 @@ rows. Filters and columns are pushed down to Parquet.
 
 import difflib
 import json
-from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-import numpy as np
 import pandas as pd
 import pyarrow as pa
 import pyarrow.compute as pc
@@ -25,7 +23,6 @@ from pipeline.results.parts import Part, read_parts
 
 Name = Literal["detections", "images"]
 SCHEMAS = {"detections": schema.DETECTIONS, "images": schema.IMAGES}
-HISTOGRAM_EDGES = np.linspace(0.0, 1.0, 21, dtype=np.float32)  # of the type of the column
 
 
 def load_detections(
@@ -53,7 +50,7 @@ def load_detections(
         ConfigError: no output there, another schema version, an unknown column or class name.
         StorageError: a part can't be read.
     """
-    output = _open(uri)
+    output = open_output(uri)
     rows = _keep_boxes(output, min_score, class_names, image_ids)
     return _to_pandas(_table(output, "detections", columns, rows))
 
@@ -78,7 +75,7 @@ def load_images(
     if status not in (None, "ok", "failed"):
         raise ConfigError(f'status={status!r}: choose "ok" or "failed"')
     rows = None if status is None else ds.field("status").isin([status])
-    return _to_pandas(_table(_open(uri), "images", columns, rows))
+    return _to_pandas(_table(open_output(uri), "images", columns, rows))
 
 
 def iter_detections(
@@ -95,135 +92,52 @@ def iter_detections(
     The boxes of one image always come in one frame. Frames have about `rows_per_frame` rows or fewer, and
     are never empty. Raises: as `load_detections`.
     """
-    output = _open(uri)
+    output = open_output(uri)
     rows = _keep_boxes(output, min_score, class_names, image_ids)
     wanted = _checked_columns("detections", columns)
     read = wanted if "image_id" in wanted else [*wanted, "image_id"]
-    for table in _whole_images(_batches(output, "detections", read, rows, rows_per_frame)):
+    for table in whole_images(read_batches(output, "detections", read, rows, rows_per_frame)):
         yield _to_pandas(table.select(wanted))
-
-
-@dataclass(frozen=True)
-class Summary:
-    """What an output folder holds, counted in bounded memory."""
-
-    num_images: int
-    num_failed: int
-    num_empty: int
-    """Images that went well and have no box."""
-    num_detections: int
-    num_bytes: int
-    """Of the encoded images."""
-    classes: pd.DataFrame
-    """`class_name`, `num_detections`, `num_images`, `mean_score`, most frequent first."""
-    failures: pd.DataFrame
-    """`error_stage`, `error_type`, `num_images`, most frequent first."""
-    score_histogram: np.ndarray
-    """int64 [20]: boxes by score in steps of 0.05."""
-    model: dict[str, Any] = field(default_factory=dict)
-    """Architecture, classes, input size, thresholds and weights, as recorded by the run."""
-
-    def __str__(self) -> str:
-        counts = zip(self.classes.class_name[:5], self.classes.num_detections[:5], strict=True)
-        top = ", ".join(f"{name} {count:,}" for name, count in counts)
-        return (
-            f"{self.num_images:,} images ({self.num_failed:,} failed, {self.num_empty:,} without a box), "
-            f"{self.num_detections:,} detections{': ' if top else ''}{top}"
-        )
-
-
-def summarise(uri: str | Path) -> Summary:
-    """Count images, boxes, classes, scores and failures of an output folder in bounded memory.
-
-    Raises: as `load_detections`.
-    """
-    output = _open(uri)
-    images, failures = Counter[str](), Counter[tuple[str, str]]()
-    columns = ["status", "error_stage", "error_type", "num_bytes", "num_detections"]
-    for batch in _batches(output, "images", columns, None):
-        frame = batch.to_pandas()
-        ok = frame.status == "ok"
-        failed = frame[~ok].astype({"error_stage": str, "error_type": str})
-        images.update(all=len(frame), failed=len(failed), bytes=int(frame.num_bytes.sum()))
-        images.update(empty=int((ok & (frame.num_detections == 0)).sum()))
-        failures.update(zip(failed.error_stage, failed.error_type, strict=True))
-
-    histogram = np.zeros(len(HISTOGRAM_EDGES) - 1, np.int64)
-    counts = []
-    for table in _whole_images(_batches(output, "detections", ["image_id", "class_name", "score"], None)):
-        histogram += np.histogram(table["score"].to_numpy(), HISTOGRAM_EDGES)[0]
-        table = table.set_column(1, "class_name", table["class_name"].cast(pa.string()))
-        found = table.group_by("class_name").aggregate(
-            [("image_id", "count"), ("image_id", "count_distinct"), ("score", "sum")]
-        )
-        counts.append(found.rename_columns(["class_name", "n", "images", "score"]))
-    return Summary(
-        num_images=images["all"],
-        num_failed=images["failed"],
-        num_empty=images["empty"],
-        num_detections=int(histogram.sum()),
-        num_bytes=images["bytes"],
-        classes=_class_counts(counts),
-        failures=pd.DataFrame(
-            [(stage, kind, count) for (stage, kind), count in failures.most_common()],
-            columns=["error_stage", "error_type", "num_images"],
-        ),
-        score_histogram=histogram,
-        model=output.model,
-    )
-
-
-def _class_counts(counts: list[pa.Table]) -> pd.DataFrame:
-    """Add up the counts of the batches; an image is in one batch only, so distinct images add up too."""
-    columns = {"class_name": pa.string(), "n": pa.int64(), "images": pa.int64(), "score": pa.float64()}
-    total = pa.concat_tables([pa.schema(list(columns.items())).empty_table(), *counts])
-    total = total.group_by("class_name").aggregate([("n", "sum"), ("images", "sum"), ("score", "sum")])
-    total = total.sort_by([("n_sum", "descending"), ("class_name", "ascending")])
-    found = {name: total[name].to_pandas() for name in total.column_names}
-    return pd.DataFrame(
-        {
-            "class_name": found["class_name"],
-            "num_detections": found["n_sum"],
-            "num_images": found["images_sum"],
-            "mean_score": found["score_sum"] / found["n_sum"],
-        }
-    )
 
 
 # ---- parts -------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
-class _Output:
+class Output:
+    """An output folder and its parts that count."""
+
     uri: str
     parts: list[Part]
 
     @property
     def model(self) -> dict[str, Any]:
+        """The header of the checkpoint that the run used."""
         return json.loads(max(self.parts, key=lambda part: part.round).model)
 
 
-def _open(uri: str | Path) -> _Output:
+def open_output(uri: str | Path) -> Output:
+    """Find the parts of an output folder. Raises: as `load_detections`."""
     uri = str(uri)
     with _reading(uri):
         parts = read_parts(uri)
     if not parts:
         raise ConfigError(f"no results in {uri}: it has no images/*.parquet; name the --output of a run")
-    return _Output(uri, parts)
+    return Output(uri, parts)
 
 
 # Column chunks of one row group are fetched together in few, large requests.
 _FORMAT = ds.ParquetFileFormat(default_fragment_scan_options=ds.ParquetFragmentScanOptions(pre_buffer=True))
 
 
-def _dataset(output: _Output, name: Name, parts: Iterable[Part]) -> ds.FileSystemDataset:
+def _dataset(output: Output, name: Name, parts: Iterable[Part]) -> ds.FileSystemDataset:
     filesystem, root = storage.arrow_filesystem(output.uri)
     files = [part.name if name == "images" else part.detections for part in parts]
     fragments = [_FORMAT.make_fragment(f"{root}/{name}/{file}", filesystem) for file in files if file]
     return ds.FileSystemDataset(fragments, SCHEMAS[name], _FORMAT, filesystem)
 
 
-def _datasets(output: _Output, name: Name) -> Iterator[tuple[ds.Dataset, ds.Expression | None]]:
+def _datasets(output: Output, name: Name) -> Iterator[tuple[ds.Dataset, ds.Expression | None]]:
     """The parts by round, oldest first, each with the filter that leaves out what a later round replaced."""
     replaced: pa.Table = schema.IMAGES.empty_table().select(["image_id", "shard"])
     found = []
@@ -247,9 +161,7 @@ def _not_replaced(name: Name, newer: pa.Table) -> ds.Expression | None:
     return keep & ~((ds.field("shard_index") == -1) & ds.field("shard").isin(shards))
 
 
-def _table(
-    output: _Output, name: Name, columns: Sequence[str] | None, rows: ds.Expression | None
-) -> pa.Table:
+def _table(output: Output, name: Name, columns: Sequence[str] | None, rows: ds.Expression | None) -> pa.Table:
     names = _checked_columns(name, columns)
     with _reading(output.uri):
         tables = [
@@ -259,8 +171,8 @@ def _table(
     return pa.concat_tables(tables)
 
 
-def _batches(
-    output: _Output, name: Name, columns: list[str], rows: ds.Expression | None, batch_size: int = 131_072
+def read_batches(
+    output: Output, name: Name, columns: list[str], rows: ds.Expression | None, batch_size: int = 131_072
 ) -> Iterator[pa.RecordBatch]:
     """Record batches in file order; only a few are read ahead, so memory is bounded by row groups."""
     with _reading(output.uri):
@@ -274,7 +186,7 @@ def _batches(
             )
 
 
-def _whole_images(batches: Iterator[pa.RecordBatch]) -> Iterator[pa.Table]:
+def whole_images(batches: Iterator[pa.RecordBatch]) -> Iterator[pa.Table]:
     """Regroup batches so that none ends in the middle of an image."""
     held: list[pa.RecordBatch] = []
     for batch in batches:
@@ -301,7 +213,7 @@ def _last_id(batch: pa.RecordBatch) -> str:
 
 
 def _keep_boxes(
-    output: _Output,
+    output: Output,
     min_score: float | None,
     class_names: str | Sequence[str] | None,
     image_ids: Sequence[str] | None,
@@ -317,7 +229,7 @@ def _keep_boxes(
     return rows
 
 
-def _check_class_names(output: _Output, names: list[str]) -> None:
+def _check_class_names(output: Output, names: list[str]) -> None:
     """Refuse a name that the model doesn't have: a typing error would look like an empty result."""
     known = output.model.get("class_names", [])
     unknown = [name for name in names if name not in known]

@@ -6,7 +6,8 @@ import pytest
 from pipeline.errors import ConfigError
 from pipeline.evaluation.compare import compare
 from pipeline.evaluation.detections import match_names, open_detections
-from pipeline.evaluation.run import class_groups, measure, numbers, thresholds_by_class
+from pipeline.evaluation.numbers import numbers, thresholds_by_class
+from pipeline.evaluation.run import class_groups, measure
 from tests.evaluation.cases import detected, random_case, truth
 from tests.outputs import box, failed_image, image, write_part
 

@@ -135,6 +135,15 @@ def test_the_summary_counts_images_boxes_classes_and_failures(output):
     assert str(found) == "4 images (1 failed, 1 without a box), 3 detections: person 2, dog 1"
 
 
+def test_the_summary_adds_up_over_parts_with_other_images_and_classes(tmp_path):
+    for part, name in enumerate(("dog", "cat", "person")):
+        ids = [f"{part}-{i}.jpg" for i in range(3)]
+        write_part(tmp_path, f"p{part}", [image(i, 1) for i in ids], [box(i, name) for i in [*ids, ids[-1]]])
+    found = summarise(tmp_path).classes.set_index("class_name")
+    assert found.num_detections.to_dict() == {"cat": 4, "dog": 4, "person": 4}
+    assert found.num_images.to_dict() == {"cat": 3, "dog": 3, "person": 3}
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
