@@ -8,8 +8,8 @@ from dataclasses import asdict, dataclass
 from pipeline import storage
 from pipeline.config import InferConfig
 from pipeline.inference.plan import Plan
-from pipeline.results.parts import Part
 from pipeline.results import iter_detections, summarise
+from pipeline.results.parts import Part
 from pipeline.runlog import Progress, duration
 
 CONFIDENT = 0.5  # score from which the summary counts a detection as meant
