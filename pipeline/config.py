@@ -51,8 +51,9 @@ class InferConfig:
     """Folder for the two tables: detections/ and images/. An unfinished run in it is resumed."""
     weights: str = "coco_ssdlite300_mobilenet_v2"
     """A bundled name, torchvision:<name>, or path or URI of a checkpoint or of a public release's file."""
-    score_threshold: float = 0.05
-    """Detections below this score are not written."""
+    score_threshold: float | str = 0.05
+    """Detections below this score are not written. A number, or a JSON file {"class name": score, ...} as
+    jobs/evaluate.py writes it; classes that it doesn't name keep 0.05."""
     batch_size: int = 32
     """Images per forward pass."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
@@ -87,7 +88,10 @@ class InferConfig:
     def __post_init__(self) -> None:
         if bool(self.input) != bool(self.output):
             raise ConfigError("give both --input and --output (or neither, for the built-in demo)")
-        _check(0 <= self.score_threshold < 1, "--score-threshold", self.score_threshold, "0 <= value < 1")
+        if not isinstance(self.score_threshold, str):
+            _check(0 <= self.score_threshold < 1, "--score-threshold", self.score_threshold, "0 <= value < 1")
+        elif not self.score_threshold.endswith(".json"):
+            raise ConfigError(f"--score-threshold {self.score_threshold}: give a number or a .json file")
         _check(1 <= self.batch_size <= 4096, "--batch-size", self.batch_size, "1 to 4096")
         _check(
             0 <= self.max_failed_fraction <= 1, "--max-failed-fraction", self.max_failed_fraction, "0 to 1"

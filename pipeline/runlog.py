@@ -36,6 +36,8 @@ class Counts:
     """Images in each packed shard (.tar, .parquet) seen."""
     num_retries: float = 0.0
     """Storage calls that were repeated."""
+    num_empty_boxes: float = 0.0
+    """Boxes without area that were dropped."""
     read_s: float = 0.0
     decode_s: float = 0.0
     detect_s: float = 0.0
@@ -50,6 +52,7 @@ class Counts:
             errors=Counter(self.errors) + Counter(other.errors),
             shard_sizes={**self.shard_sizes, **other.shard_sizes},
             num_retries=self.num_retries + other.num_retries,
+            num_empty_boxes=self.num_empty_boxes + other.num_empty_boxes,
             read_s=self.read_s + other.read_s,
             decode_s=self.decode_s + other.decode_s,
             detect_s=self.detect_s + other.detect_s,

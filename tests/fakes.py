@@ -16,7 +16,7 @@ SLEEP = "SHARDSHOT_TEST_SLEEP"  # seconds a block takes
 class FakeDetector:
     """Up to three boxes an image, computed from its pixels, so two runs agree to the last bit."""
 
-    def __init__(self, monitor=None, device="cpu", score_threshold=0.0, batch_size=32, threads=0):
+    def __init__(self, monitor=None, device="cpu", thresholds=None, batch_size=32, threads=0):
         self.log = os.environ.get(LOG)
         self.sleep_s = float(os.environ.get(SLEEP, "0"))
 

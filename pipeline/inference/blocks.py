@@ -9,7 +9,7 @@ import multiprocessing
 import tempfile
 import time
 from collections import deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor, ThreadPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass, replace
@@ -34,7 +34,7 @@ IMAGES_AHEAD = 32  # the same for loose image files, a request each
 CHILD_TIMEOUT_S = 120.0  # for one image
 
 # Columns that travel beside schema.IMAGES from the reader to the sink, one value a row.
-STATS = ("num_retries", "read_s", "decode_s", "detect_s")
+STATS = ("num_retries", "num_empty_boxes", "read_s", "decode_s", "detect_s")
 _IMAGES = {field.name: field.type for field in schema.IMAGES}
 _LISTS = {
     "boxes": pa.list_(pa.list_(pa.float32(), 4)),
@@ -120,7 +120,7 @@ def _decode(raw: RawImage, settings: ReadSettings) -> tuple[dict[str, object], n
         "image_id": raw.image_id, "uri": raw.uri, "shard": raw.shard, "shard_index": raw.shard_index,
         "shard_size": raw.shard_size, "width": 0, "height": 0, "num_bytes": raw.num_bytes,
         "num_detections": 0, "status": "ok", "error_stage": "", "error_type": "", "error_message": "",
-        "decode_s": 0.0, "detect_s": 0.0,
+        "decode_s": 0.0, "detect_s": 0.0, "num_empty_boxes": 0,
     }  # fmt: skip
     try:
         if raw.error:
@@ -246,7 +246,7 @@ class DetectImages:
     """
 
     def __init__(
-        self, weights: bytes, device: str, score_threshold: float, batch_size: int, threads: int
+        self, weights: bytes, device: str, thresholds: Mapping[int, float], batch_size: int, threads: int
     ) -> None:
         import torch  # seconds to import, and readers of PNG files don't need it
 
@@ -258,7 +258,10 @@ class DetectImages:
         with tempfile.NamedTemporaryFile(suffix=".weights") as file:
             file.write(weights)
             file.flush()
-            self.detector = Detector(file.name, device=device, score_threshold=score_threshold)
+            self.detector = Detector(file.name, device=device, score_threshold=_lowest(thresholds))
+        self._thresholds = np.zeros(max(self.detector.spec.label_ids, default=0) + 1)
+        if len(set(thresholds.values())) > 1:
+            self._thresholds[list(thresholds)] = list(thresholds.values())
 
     def __call__(self, block: pa.Table) -> pa.Table:
         """Detect in the good images of `block`, `batch_size` at a time."""
@@ -267,29 +270,41 @@ class DetectImages:
         sizes_N2 = np.stack([block["width"].to_numpy(), block["height"].to_numpy()], axis=1)
         good = np.flatnonzero(sizes_N2[:, 0] > 0)
         start = time.perf_counter()
-        found = [
-            _without_empty_boxes(self.detector(pixels[rows], sizes_N2[rows]), rows)
-            for rows in np.split(good, range(self.batch_size, len(good), self.batch_size))
-            if len(rows)
-        ]
+        found = []
+        num_empty = 0
+        for rows in np.split(good, range(self.batch_size, len(good), self.batch_size)):
+            if len(rows):
+                batch = self.detector(pixels[rows], sizes_N2[rows])
+                num_empty += int((~batch.has_area).sum())
+                batch = replace(batch, image_index=rows[batch.image_index])
+                found.append(_only(batch, batch.has_area & (batch.scores >= self._thresholds[batch.labels])))
         seconds = (time.perf_counter() - start) / max(len(good), 1)
-        return with_detections(block, found, seconds, good)
+        return with_detections(block, found, seconds, good, num_empty=num_empty)
 
 
-def _without_empty_boxes(found: "Found", rows: np.ndarray) -> "Found":
-    """Drop boxes without area (after clipping to the image) and count images by their row in the block."""
-    keep = found.has_area
+def _lowest(thresholds: Mapping[int, float]) -> float:
+    """The score threshold of the detector; a little lower where classes differ, for those that equal it."""
+    values = set(thresholds.values())
+    return min(values) if len(values) == 1 else max(min(values) - 1e-6, 0.0)
+
+
+def _only(found: "Found", keep: np.ndarray) -> "Found":
     return replace(
         found,
-        image_index=rows[found.image_index[keep]],
+        image_index=found.image_index[keep],
         boxes=found.boxes[keep],
         scores=found.scores[keep],
         labels=found.labels[keep],
     )
 
 
-def with_detections(block: pa.Table, found: list["Found"], seconds: float, good: np.ndarray) -> pa.Table:
-    """`block` with the batches `found` in the place of its images; `good` rows took `seconds` each."""
+def with_detections(
+    block: pa.Table, found: list["Found"], seconds: float, good: np.ndarray, *, num_empty: int = 0
+) -> pa.Table:
+    """`block` with the batches `found` in the place of its images; `good` rows took `seconds` each.
+
+    `num_empty` boxes without area were dropped.
+    """
     index = np.concatenate([batch.image_index for batch in found] or [np.zeros(0, np.int64)])
     counts = np.bincount(index, minlength=len(block)).astype(np.int32)
     offsets = pa.array(np.concatenate([[0], np.cumsum(counts)]).astype(np.int32))
@@ -300,8 +315,11 @@ def with_detections(block: pa.Table, found: list["Found"], seconds: float, good:
     detect_s[good] = seconds
     flat_boxes = pa.FixedSizeListArray.from_arrays(pa.array(boxes.reshape(-1)), 4)
     values = {"boxes": flat_boxes, "scores": pa.array(scores), "labels": pa.array(labels)}
-    for name, column in {"num_detections": pa.array(counts), "detect_s": pa.array(detect_s)}.items():
-        block = block.set_column(block.schema.get_field_index(name), name, column)
+    empty = np.zeros(len(block))
+    empty[:1] = num_empty
+    changed = {"num_detections": counts, "detect_s": detect_s, "num_empty_boxes": empty}
+    for name, column in changed.items():
+        block = block.set_column(block.schema.get_field_index(name), name, pa.array(column))
     block = block.drop_columns(["image"])
     for name, column in values.items():
         block = block.append_column(name, pa.ListArray.from_arrays(offsets, column).cast(_LISTS[name]))

@@ -6,7 +6,7 @@ import numpy as np
 
 from pipeline.config import InferConfig
 from pipeline.data.shards import list_shards
-from pipeline.inference.blocks import DetectImages, Work, read_blocks
+from pipeline.inference.blocks import DetectImages, ReadSettings, Work, read_blocks
 from pipeline.inference.ledger import read_ledger
 from pipeline.inference.plan import (
     check_output,
@@ -15,9 +15,11 @@ from pipeline.inference.plan import (
     portable_weights,
     read_settings,
     run_fingerprint,
+    thresholds_by_label,
 )
 from pipeline.inference.run import check_writable
 from pipeline.model import checkpoint
+from pipeline.model.spec import ModelSpec
 from pipeline.results.parts import read_parts
 from pipeline.runlog import duration
 
@@ -49,17 +51,19 @@ def dry_run(config: InferConfig) -> str:
         f"to do     {len(work):,} shards in {len(group_tasks(work)):,} read tasks",
     ]
     if work:
-        lines.append(_sample(config, weights, settings, work))
+        lines.append(_sample(config, weights, spec, settings, work))
     return "\n".join(lines)
 
 
-def _sample(config: InferConfig, weights: bytes, settings, work: list[Work]) -> str:  # noqa: ANN001
+def _sample(
+    config: InferConfig, weights: bytes, spec: ModelSpec, settings: ReadSettings, work: list[Work]
+) -> str:
     """Read and detect some images of the first shards; estimate the whole."""
     start = time.perf_counter()
     few = work[:SAMPLE_IMAGES]
     block = next(read_blocks(few, settings))
     read_s = time.perf_counter() - start
-    detector = DetectImages(weights, "cpu", config.score_threshold, config.batch_size, threads=0)
+    detector = DetectImages(weights, "cpu", thresholds_by_label(config, spec), config.batch_size, threads=0)
     start = time.perf_counter()
     detected = detector(block)
     detect_s = time.perf_counter() - start

@@ -33,6 +33,8 @@ MIN_IMAGES_PER_TASK = 128  # loose image files, a shard each
 # 300 x 300 are 17 MB.
 IMAGES_PER_BLOCK = 64
 
+DEFAULT_THRESHOLD = 0.05  # of classes that a file of thresholds doesn't name
+
 SHARDS = pa.schema(
     [
         pa.field("name", pa.string()),
@@ -99,15 +101,44 @@ def read_settings(config: InferConfig, spec: ModelSpec) -> ReadSettings:
     )
 
 
+def score_thresholds(config: InferConfig, spec: ModelSpec) -> dict[str, float]:
+    """The score threshold of each class by name, from a number or from a JSON file.
+
+    Raises:
+        ConfigError: no such file, or one that doesn't fit the model's classes.
+    """
+    given = config.score_threshold
+    if not isinstance(given, str):
+        return dict.fromkeys(spec.class_names, float(given))
+    try:
+        by_name = {str(name): float(value) for name, value in json.loads(storage.read_bytes(given)).items()}
+    except (ValueError, TypeError, AttributeError) as error:
+        raise ConfigError(
+            f"--score-threshold {given}: not a JSON object of class names and scores"
+        ) from error
+    if unknown := sorted(by_name.keys() - set(spec.class_names)):
+        raise ConfigError(f"--score-threshold {given}: the model has no class {unknown[0]!r}")
+    if wrong := [name for name, value in by_name.items() if not 0 <= value <= 1]:
+        raise ConfigError(f"--score-threshold {given}: {wrong[0]} {by_name[wrong[0]]} is not between 0 and 1")
+    return {**dict.fromkeys(spec.class_names, DEFAULT_THRESHOLD), **by_name}
+
+
+def thresholds_by_label(config: InferConfig, spec: ModelSpec) -> dict[int, float]:
+    """`score_thresholds` by the classes' data-set ids."""
+    by_name = score_thresholds(config, spec)
+    return {label: by_name[name] for label, name in zip(spec.label_ids, spec.class_names, strict=True)}
+
+
 def run_fingerprint(config: InferConfig, spec: ModelSpec, weights_sha256: str) -> dict[str, object]:
     """Everything that changes a row of the output, by name. Batch size, pool and device don't."""
     model = json.loads(spec.to_json())
+    thresholds = score_thresholds(config, spec)
     model.pop("score_threshold", None)  # the run's own threshold counts
     return {
         "schema_version": schema.VERSION,
         "weights_sha256": weights_sha256,
         "model": model,
-        "score_threshold": config.score_threshold,
+        "score_threshold": config.score_threshold if len(set(thresholds.values())) == 1 else thresholds,
         "max_pixels": config.max_pixels,
         "max_image_bytes": config.max_image_bytes,
         "reduced_decode": config.reduced_decode,

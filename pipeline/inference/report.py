@@ -43,6 +43,9 @@ class Report:
     detectors_busy: float
     """Share of the detectors' time."""
     num_retries: int
+    """Storage calls that were repeated."""
+    num_empty_boxes: int
+    """Boxes without area (outside the image) that were dropped."""
     errors: dict[str, int]
     """Failed images of this run by "stage: type"."""
     classes: dict[str, int]
@@ -91,6 +94,7 @@ def finish_report(
         detect_s=round(counts.detect_s, 2),
         detectors_busy=round(min(busy, 1.0), 3),
         num_retries=int(counts.num_retries),
+        num_empty_boxes=int(counts.num_empty_boxes),
         errors=dict(counts.errors),
         classes=dict(zip(summary.classes.class_name, map(int, summary.classes.num_detections), strict=True)),
         confident_classes=dict(confident.most_common()),

@@ -35,6 +35,7 @@ from pipeline.inference.plan import (
     read_settings,
     run_fingerprint,
     save_shards,
+    thresholds_by_label,
 )
 from pipeline.inference.report import Report, finish_report
 from pipeline.inference.sink import PartSink, Target
@@ -255,7 +256,7 @@ def run_passes(
             detector_args={
                 "monitor": monitor,
                 "device": pool.device,
-                "score_threshold": config.score_threshold,
+                "thresholds": thresholds_by_label(config, spec),
                 "batch_size": pool.batch_size,
                 "threads": pool.threads,
             },

@@ -176,7 +176,7 @@ def detector():
     from pipeline.inference.plan import portable_weights
     from pipeline.model import DEFAULT_WEIGHTS
 
-    return blocks.DetectImages(portable_weights(DEFAULT_WEIGHTS), "cpu", 0.05, 2, 0)
+    return blocks.DetectImages(portable_weights(DEFAULT_WEIGHTS), "cpu", {1: 0.05}, 2, 0)
 
 
 def test_the_detector_keeps_failed_rows_and_drops_boxes_without_area(tmp_path, detector):
@@ -203,3 +203,25 @@ def test_a_block_of_failed_images_only_passes_the_detector(tmp_path, detector):
     make_tar_shard(tmp_path / "a.tar", {"b.jpg": b"broken"})
     (block,) = read(tmp_path, replace(SETTINGS, height=300, width=300))
     assert detector(block)["num_detections"].to_pylist() == [0]
+
+
+def test_each_class_has_its_own_threshold(tmp_path, detector):
+    from pipeline.inference.plan import portable_weights
+    from pipeline.model import DEFAULT_WEIGHTS
+
+    settings = replace(SETTINGS, height=300, width=300, resize_rule="tf_legacy")
+    make_tar_shard(tmp_path / "a.tar", {f"{i}.jpg": make_jpeg(320, 240, seed=i) for i in range(4)})
+    (block,) = read(tmp_path, settings)
+    everything = detector(block)
+    labels = [label for labels in everything["labels"].to_pylist() for label in labels]
+    common = max(set(labels), key=labels.count)
+    rest = {label: 0.05 for label in range(1, 91) if label != common}
+    chosen = blocks.DetectImages(portable_weights(DEFAULT_WEIGHTS), "cpu", {**rest, common: 0.2}, 2, 0)(block)
+
+    def pairs(found, minimum):
+        rows = zip(found["labels"].to_pylist(), found["scores"].to_pylist(), strict=True)
+        flat = [pair for labels, scores in rows for pair in zip(labels, scores, strict=True)]
+        return [(label, score) for label, score in flat if score >= (minimum if label == common else 0.05)]
+
+    assert pairs(chosen, 0.2) == pairs(everything, 0.2)
+    assert len(pairs(chosen, 0)) < len(labels)

@@ -8,7 +8,7 @@ import pytest
 from pipeline import schema, storage
 from pipeline.errors import StorageError
 from pipeline.inference import ledger
-from pipeline.inference.lock import Lock
+from pipeline.inference.lock import Lock, LockRef
 from pipeline.results.parts import part_names, read_parts
 
 METADATA = ledger.part_metadata(fingerprint="f", model="{}", run="r0001", round=0)
@@ -119,7 +119,7 @@ def test_a_writer_whose_run_was_taken_over_publishes_nothing(output, lock):
 
 
 def test_a_part_published_while_the_output_was_taken_over_is_taken_back(output, lock):
-    class HeldUp:
+    class HeldUp(LockRef):
         """Alive when asked before publishing, dead when asked after."""
 
         answers = iter([True, False])

@@ -7,6 +7,7 @@ import os
 import signal
 from pathlib import Path
 
+import numpy as np
 import pandas as pd
 import pytest
 
@@ -150,7 +151,7 @@ def _keep_first_rows(target, count):
     (part,) = read_parts(str(target))
     paths = target / "images" / part.name, target / "detections" / part.detections
     images, boxes = (pq.read_table(path) for path in paths)
-    for path, table in zip(paths, _select(images, boxes, list(range(count))), strict=True):
+    for path, table in zip(paths, _select(images, boxes, np.arange(count)), strict=True):
         pq.write_table(table.replace_schema_metadata(pq.read_metadata(path).metadata), path)
 
 

@@ -81,10 +81,22 @@ def test_help_teaches():
             ["--input", "{in}", "--output", "{out}", "--score-threshold", "2"],
             "--score-threshold 2.0 is out of range",
         ),
+        (["--input", "{in}", "--output", "{out}", "--score-threshold", "{foreign}/t.json"], "t.json"),
         (["--input", "{in}", "--output", "{out}", "--batch-size", "0"], "--batch-size 0"),
         (["--input", "nosuch://x/y", "--output", "{out}"], "nosuch"),
     ],
-    ids=["missing", "empty", "weights", "unwritable", "foreign", "half", "threshold", "batch", "protocol"],
+    ids=[
+        "missing",
+        "empty",
+        "weights",
+        "unwritable",
+        "foreign",
+        "half",
+        "threshold",
+        "threshold-file",
+        "batch",
+        "protocol",
+    ],
 )
 def test_bad_input_is_one_clear_line(tmp_path, source, refused, args, message):
     places = {
