@@ -130,7 +130,7 @@ def test_a_part_published_while_the_output_was_taken_over_is_taken_back(output, 
     rows = [("x.tar", 0, 1, "ok", 2)]
     with pytest.raises(StorageError, match="took this output over"):
         ledger.commit(
-            output, "part-a.parquet", images_table(rows), boxes_table(rows), METADATA, lock=HeldUp()
+            output, "part-a.parquet", images_table(rows), boxes_table(rows), METADATA, lock=HeldUp("", 1)
         )
     assert part_names(output, "images") == part_names(output, "detections") == set()
 
