@@ -13,9 +13,10 @@ coordinates = st.floats(-2, 2, width=32)
 
 @st.composite
 def corner_boxes(draw, min_side=0.0):
-    """One box as four floats; sides of `min_side` and more."""
+    """One box as four floats; sides of `min_side` and more, and, where that is 0, none between 0 and 1e-6."""
     x, y = draw(coordinates), draw(coordinates)
-    width, height = (draw(st.floats(min_side, 3)) for _ in range(2))
+    sides = st.floats(max(min_side, 1e-6), 3)
+    width, height = (draw(sides if min_side else st.just(0.0) | sides) for _ in range(2))
     return x, y, x + width, y + height
 
 
