@@ -162,7 +162,7 @@ def read_bytes(uri: str, *, size: int | None = None) -> bytes:
     fs, path = split(uri)
 
     def read() -> bytes:
-        data = fs.cat_file(path)
+        data = cast("bytes", fs.cat_file(path))
         if size is not None and len(data) < size:
             raise TruncatedError(f"the body ended after {len(data)} of {size} bytes")
         return data
