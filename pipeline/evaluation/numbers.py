@@ -9,7 +9,15 @@ import numpy as np
 
 from pipeline.evaluation.coco import class_numbers, coco_numbers
 from pipeline.evaluation.matching import Matches
-from pipeline.evaluation.quality import Calibration, interval, resample_images, resampled_ap, shown_from
+from pipeline.evaluation.quality import (
+    Calibration,
+    all_classes,
+    best_threshold,
+    interval,
+    resample_images,
+    resampled_ap,
+    shown_from,
+)
 from pipeline.evaluation.run import AP_RULES, Evaluation
 
 NUM_CONFUSIONS = 20
@@ -42,11 +50,17 @@ def numbers(evaluation: Evaluation, *, num_resamples: int = 0, seed: int = 0) ->
 
 
 def thresholds_by_class(evaluation: Evaluation) -> dict[str, float]:
-    """The score threshold of the highest F1 for each class, for `jobs/infer.py --score-threshold FILE`."""
-    return {
-        evaluation.truth.class_names[label]: best.threshold
-        for label, best in evaluation.best_thresholds.items()
-    }
+    """The score threshold of the highest F1 of each detected class, the file of `infer.py --score-threshold`.
+
+    Classes that were never right, or are not annotated, get the threshold that is best for all together.
+    """
+    overall = best_threshold(all_classes(evaluation.matches.values()))
+    found = {}
+    for label, one in evaluation.matches.items():
+        best = evaluation.best_thresholds.get(label, overall)
+        if best is not None and len(one.scores):
+            found[evaluation.truth.class_names[label]] = best.threshold
+    return found
 
 
 def confusions(evaluation: Evaluation) -> list[dict[str, Any]]:

@@ -150,6 +150,22 @@ def best_threshold(matches: Matches) -> InUse | None:
     return InUse(float(scores[best]), float(precision[best]), float(recall[best]), float(f1[best]))
 
 
+def all_classes(matches: Iterable[Matches]) -> Matches:
+    """The detections of all classes as if of one, at the first IoU threshold."""
+    several = list(matches)
+    scores = np.concatenate([np.zeros(0), *(one.scores for one in several)])
+    order = np.argsort(-scores, kind="stable")
+    empty = np.zeros(0, np.int64)
+    return Matches(
+        scores=scores[order],
+        image_index=np.concatenate([empty, *(one.image_index for one in several)])[order],
+        correct=np.concatenate([empty > 0, *(one.correct[0] for one in several)])[None, order],
+        ignored=np.concatenate([empty > 0, *(one.ignored[0] for one in several)])[None, order],
+        truth_row=np.concatenate([empty, *(one.truth_row for one in several)])[order],
+        positives=np.concatenate([empty, *(one.positives for one in several)]),
+    )
+
+
 # ---- calibration -------------------------------------------------------------------------------------
 
 

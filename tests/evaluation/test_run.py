@@ -62,9 +62,14 @@ def test_the_voc_metrics_give_one_mean(output):
 def test_thresholds_are_exact_scores_by_class_name(output):
     source, there = open_detections(output, annotated((0, 18, A)))
     thresholds = thresholds_by_class(measure(there, source, metric="coco"))
-    assert list(thresholds) == ["dog"]
-    assert np.float32(thresholds["dog"]) == np.float32(0.9)
-    assert thresholds["dog"] == float(np.float32(0.9))  # `score >= threshold` keeps that detection
+    assert thresholds == {"dog": float(np.float32(0.9))}  # `score >= threshold` keeps that detection
+
+
+def test_a_class_that_was_never_right_gets_the_threshold_of_all_together():
+    there = annotated((0, 18, A), (1, 1, A))
+    found = detected((0, 18, A, 0.8), (0, 1, B, 0.4), (2, 18, B, 0.3))
+    (evaluation,) = evaluations(there, found)
+    assert thresholds_by_class(evaluation) == {"person": 0.8, "dog": 0.8}
 
 
 def test_a_run_on_a_part_of_the_annotated_images_is_measured_only_on_request(output):
