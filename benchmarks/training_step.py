@@ -49,8 +49,10 @@ def make_batch(batch_size: int) -> tuple[Tensor, list[np.ndarray], list[np.ndarr
 def our_step(batch_size: int) -> Callable[[], float]:
     """A function that does one step and returns the loss."""
     images, boxes, labels = make_batch(batch_size)
+    images = images.contiguous(memory_format=torch.channels_last)  # as decoded images are
     model = build_model("ssd300_vgg16", num_classes=91).train()
     initialise(model, generator=torch.Generator().manual_seed(0))
+    model = model.to(memory_format=torch.channels_last)  # 0.8 to 0.9 of the time on a CPU
     mean, std = (torch.tensor(values).view(3, 1, 1) for values in (model.spec.mean, model.spec.std))
     optimizer = make_optimizer(model)
     names = [str(index) for index in range(batch_size)]

@@ -31,7 +31,7 @@ def initialise(model: SSD, *, generator: torch.Generator) -> None:
     Extra layers and heads: as in the authors' code (see `caffe_xavier`). Backbone: normal with a variance of
     2 / fan_in (arXiv 1502.01852), the first layer divided by the spread of its input, so that signals of
     about 1 go through a stack without batch norm. Biases 0, except those of sigmoid classes. Batch norm and
-    L2Norm stay as they are made.
+    L2Norm stay as they are made. The values follow the order in memory: convert to channels_last afterwards.
     """
     for conv in _convolutions(model.backbone):
         nn.init.kaiming_normal_(conv.weight, nonlinearity="relu", generator=generator)
