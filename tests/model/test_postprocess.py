@@ -288,7 +288,10 @@ corner_boxes = st.tuples(*[st.floats(0, 1, width=32)] * 2, *[st.floats(0, 0.5, w
 
 
 @settings(max_examples=60)
-@given(st.lists(st.tuples(corner_boxes, st.integers(0, 2)), max_size=25), st.sampled_from([0.3003, 0.4507, 0.6011]))
+@given(
+    st.lists(st.tuples(corner_boxes, st.integers(0, 2)), max_size=25),
+    st.sampled_from([0.3003, 0.4507, 0.6011]),
+)
 def test_nms_is_the_oracles_and_idempotent(items, iou_threshold):
     corners = torch.tensor([box for box, _ in items], dtype=torch.float64).reshape(-1, 4)
     corners[:, 2:] += corners[:, :2]
