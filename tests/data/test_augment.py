@@ -247,6 +247,20 @@ def test_deciding_first_gives_the_pixels_of_doing_each_step_on_the_whole_image()
         np.testing.assert_array_equal(seen, canvas[top:bottom, left:right])
 
 
+@pytest.mark.parametrize(
+    "window", [(-90, 0, -10, 50), (130, 0, 180, 50), (0, -70, 90, -20), (-9, 85, 99, 99)]
+)
+def test_a_patch_beside_the_image_is_all_fill(window):
+    sample = replace(
+        make_sample([]),
+        window=Window(*window),
+        distortions=(Distortion("hue", 30.0), Distortion("contrast", 1.2), Distortion("saturation", 0.6)),
+    )
+    result = augment.resize(sample, np.random.default_rng(0), height=20, width=30, fill=(1, 2, 3))
+
+    assert np.unique(result.pixels.reshape(-1, 3), axis=0).tolist() == [[1, 2, 3]]
+
+
 def test_boxes_still_frame_their_object_after_all_steps():
     """A white rectangle on black: the box of what is white in the result is the returned box."""
     pixels = np.zeros((200, 300, 3), dtype=np.uint8)
