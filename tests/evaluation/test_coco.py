@@ -1,5 +1,6 @@
 import gzip
 import json
+import sys
 
 import numpy as np
 import pytest
@@ -136,3 +137,9 @@ def test_results_of_another_data_set_are_refused(tmp_path):
     (tmp_path / "r.json").write_text('{"a": 1}')
     with pytest.raises(ConfigError, match="no COCO results file"):
         open_detections(str(tmp_path / "r.json"), truth((0, 1, SQUARE)))
+
+
+def test_a_missing_library_is_one_clear_line(monkeypatch):
+    monkeypatch.setitem(sys.modules, "faster_coco_eval", None)
+    with pytest.raises(ConfigError, match=r"pip install 'shardshot\[eval\]'"):
+        coco_curves(truth((0, 1, SQUARE)), detected(), [1])

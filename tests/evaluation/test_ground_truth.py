@@ -1,12 +1,17 @@
 import json
 
+import numpy as np
 import pytest
 from PIL import Image
 
 from pipeline.data.annotations import Classes
 from pipeline.errors import ConfigError
+from pipeline.evaluation.boxsets import Detected
+from pipeline.evaluation.detections import ResultsFile
 from pipeline.evaluation.ground_truth import read_ground_truth
 from pipeline.evaluation.matching import match_voc
+from pipeline.evaluation.numbers import numbers
+from pipeline.evaluation.run import measure
 from tests.evaluation.cases import detected
 from tests.makers import make_parquet_shard, make_tar_shard
 
@@ -114,3 +119,17 @@ def test_a_coco_file_keeps_mask_areas_and_its_own_ids(tmp_path):
     assert annotated.image_index.tolist() == [1, 0]
     assert annotated.areas.tolist() == [7.5, 12]
     assert annotated.crowd.tolist() == [True, False]
+
+
+def test_perfect_detections_of_a_real_voc_set_give_a_map_of_one(shared_data):
+    annotated = read_ground_truth(str(shared_data("data/bccd")), split="test")
+    perfect = Detected(
+        annotated.image_index,
+        annotated.boxes_xywh,
+        annotated.labels,
+        np.linspace(1, 0.1, len(annotated.labels)),
+    )
+    counts = {int(label): 1 for label in annotated.class_names}
+    for metric in ("voc", "voc07"):
+        evaluation = measure(annotated, ResultsFile(perfect, counts, {}), metric=metric)
+        assert numbers(evaluation)["mAP"] == 1.0
