@@ -18,7 +18,7 @@ from PIL import ExifTags, Image, UnidentifiedImageError
 
 from pipeline.errors import ImageError
 
-ResizeRule = Literal["bilinear", "tf_legacy"]
+ResizeRule = Literal["bilinear", "bilinear_antialias", "tf_legacy"]
 
 # 50 million pixels are 150 MB of RGB and more than the sensors of most cameras and telephones.
 MAX_PIXELS = 50_000_000
@@ -102,7 +102,7 @@ def image_size(data: bytes) -> tuple[int, int] | None:
 
 
 def resize_image(pixels_HW3: np.ndarray, *, height: int, width: int, rule: ResizeRule) -> np.ndarray:
-    """Resize bilinearly without antialiasing, rounded to uint8 [height, width, 3].
+    """Resize bilinearly, rounded to uint8 [height, width, 3].
 
     Args:
         pixels_HW3: uint8 [H, W, 3].
@@ -110,10 +110,12 @@ def resize_image(pixels_HW3: np.ndarray, *, height: int, width: int, rule: Resiz
         width: columns of the result.
         rule: where output index o of `size` looks in an input of length n. "bilinear": (o + 0.5) * n/size
             - 0.5, as torch's `interpolate(align_corners=False)` and OpenCV; "tf_legacy": o * n/size, as
-            TensorFlow 1.
+            TensorFlow 1. "bilinear_antialias" is Pillow's, which smooths when it shrinks.
     """
     if pixels_HW3.shape[:2] == (height, width):
         return pixels_HW3
+    if rule == "bilinear_antialias":
+        return np.array(Image.fromarray(pixels_HW3).resize((width, height), Image.Resampling.BILINEAR))
     y0, y1, fy = _taps(pixels_HW3.shape[0], height, rule)
     x0, x1, fx = _taps(pixels_HW3.shape[1], width, rule)
     # Columns of single values, not of pixels: numpy takes 4 bytes at a time faster than 12.

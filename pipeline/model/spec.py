@@ -10,7 +10,7 @@ from pipeline.model.anchors import PriorMap, PriorSet
 
 VERSION = 1
 
-ResizeRule = Literal["bilinear", "tf_legacy"]
+ResizeRule = Literal["bilinear", "bilinear_antialias", "tf_legacy"]
 ScoreFunction = Literal["softmax", "sigmoid"]
 
 

@@ -247,6 +247,17 @@ def test_bilinear_is_torchs_interpolate(size):
     assert_rounded(result, exact[0].permute(1, 2, 0).numpy())
 
 
+def test_antialiased_bilinear_is_torchvisions_of_pillow_images():
+    from torchvision.transforms.v2.functional import resize
+
+    pixels = make_image(200, 150, seed=3)
+    exact = resize(torch.from_numpy(pixels).permute(2, 0, 1), [37, 53], antialias=True)
+
+    result = resize_image(pixels, height=37, width=53, rule="bilinear_antialias")
+
+    assert np.abs(result.astype(int) - exact.permute(1, 2, 0).numpy().astype(int)).max() <= 1
+
+
 @pytest.mark.parametrize("size", SIZES)
 def test_tf_legacy_is_the_formula(size):
     pixels = np.random.default_rng(1).integers(0, 256, (*size, 3), dtype=np.uint8)

@@ -2,8 +2,6 @@
 
 The channels of its heads go by coordinate (or class), then by box, and its default boxes by map, box, row and
 column; ours by map, row, column and box. So only the channels of the heads have to be put in order.
-
-It resizes with Pillow, which smooths when it shrinks; the rule used here doesn't.
 """
 
 from collections.abc import Collection
@@ -43,6 +41,7 @@ def convert(tensors: dict[str, Tensor]) -> SSD:
         class_names=class_names,
         label_ids=label_ids,
         priors=found.priors["coco"],
+        resize_rule="bilinear_antialias",  # it resizes with Pillow
         score_threshold=0.05,
         pre_nms_top_k=200,
         nms_iou_threshold=0.5,

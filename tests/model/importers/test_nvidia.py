@@ -183,6 +183,7 @@ def test_classes_are_the_annotated_ones_of_coco(model):
     assert model.spec.class_names == COCO_NAMES_80
     assert model.spec.label_ids == COCO_IDS_80
     assert originals.limits(model) == (0.05, 0.5, 200, 200)
+    assert model.spec.resize_rule == "bilinear_antialias"
     assert model.spec.provenance == "NVIDIA DeepLearningExamples"
 
 
