@@ -18,7 +18,7 @@ demo: $(READY)  ## set up, then detect objects in real photographs: ./demo-outpu
 test: $(READY)  ## every test that needs no GPU
 	$(BIN)/python -m pytest -q
 
-test-fast: $(READY)  ## tests that start no Ray cluster (under two minutes)
+test-fast: $(READY)  ## tests that start no Ray cluster (two to three minutes)
 	$(BIN)/python -m pytest -q -m "not ray"
 
 check: $(READY)  ## lint, format, types and import directions
