@@ -37,6 +37,11 @@ def main(config: InferConfig) -> int:
         path = demo.FOLDER / "contact-sheet.jpg"
         sheet_of_run(config.output, config.input).save(path, quality=90)
         print(f"Photographs with their boxes: {path}")
+    if report.over_budget:
+        failed = report.num_failed / max(report.num_images, 1)
+        early = "; stopped early" if report.stopped_early else ""
+        allowed = f"--max-failed-fraction allows {config.max_failed_fraction:.1%}"
+        print(f"too many images failed: {failed:.1%}, {allowed}{early} (exit code 3)", file=sys.stderr)
     return 3 if report.over_budget else 0
 
 

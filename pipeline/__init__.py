@@ -13,7 +13,6 @@ Where to look:
     model/     the detector in plain PyTorch: anchors, backbones, SSD, loss, post-processing, checkpoints
     results/   read the tables back, export them
     inference/ plan -> run (the chain) -> sink; ledger, lock, report
-    training/  the training loop and its Ray Train wiring
     evaluation/ average precision and what goes with it
     gallery/   pictures with boxes, the HTML report
 

@@ -108,8 +108,6 @@ def summary_text(source: Source, made: ShardSet, output: str) -> str:
         lines.append(f"Image files that the annotations don't name, not packed: {source.num_left_out:,}")
     lines += [f"Note: {note}" for note in source.notes]
     lines.append(f"Next: python jobs/infer.py --input {output} --output {output.rstrip('/')}-detections")
-    if source.classes:
-        lines.append(f"  or: python jobs/train.py --train {output} --val ... --output ...")
     return "\n".join(lines)
 
 
