@@ -37,10 +37,12 @@ def cluster(tmp_path):
         "RAY_AUTH_TOKEN_PATH": str(token),
         "PATH": f"{BIN}:{os.environ['PATH']}",
     }
-    port, dashboard = servers.free_port(), servers.free_port()
+    port, dashboard, agent = (servers.free_port() for _ in range(3))
     head = subprocess.Popen(
         [BIN / "ray", "start", "--head", "--block", f"--port={port}", "--num-cpus=2", "--disable-usage-stats",
-         "--dashboard-host=127.0.0.1", f"--dashboard-port={dashboard}", "--node-ip-address=127.0.0.1"],
+         "--dashboard-host=127.0.0.1", f"--dashboard-port={dashboard}", "--node-ip-address=127.0.0.1",
+         # The usual port belongs to the Ray of this test session, and an agent without its port takes no jobs.
+         f"--dashboard-agent-listen-port={agent}"],
         env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
     )  # fmt: skip
     try:
