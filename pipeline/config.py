@@ -72,6 +72,8 @@ class InferConfig:
     """Images with more pixels are refused from their header, before they are decoded."""
     max_image_bytes: int = 256 * 1024 * 1024
     """Image files larger than this are refused."""
+    max_decode_s: float = 60
+    """An image whose decoding takes longer fails; its reader is run again."""
     reduced_decode: bool = True
     """Decode JPEGs much larger than the detector's input at a reduced scale (never below twice the input)."""
     max_failed_fraction: float = 0.10
@@ -98,6 +100,7 @@ class InferConfig:
         )
         for name in ("min_detectors", "max_detectors", "limit"):
             _check(getattr(self, name) >= 0, f"--{name.replace('_', '-')}", getattr(self, name), "0 or more")
+        _check(self.max_decode_s > 0, "--max-decode-s", self.max_decode_s, "more than 0")
         if self.max_detectors and self.min_detectors > self.max_detectors:
             raise ConfigError(
                 f"--min-detectors {self.min_detectors} is more than --max-detectors {self.max_detectors}"
@@ -147,6 +150,98 @@ class MakeShardsConfig:
             raise ConfigError("--format folder takes no --annotations: give --format coco or voc")
         if self.format != "voc" and (self.split or self.classes):
             raise ConfigError("--split and --classes are for --format voc")
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainConfig:
+    """Flags of `jobs/train.py`."""
+
+    train: str
+    """Folder of annotated shards to learn from, as jobs/make_shards.py writes them. Local or any fsspec URL."""
+    val: str
+    """Annotated shards of the same classes to choose the best weights by; never learnt from."""
+    output: str
+    """Folder for model.safetensors, checkpoints and metrics. An unfinished run in it is resumed."""
+    architecture: str = "ssdlite300_mobilenet_v2"
+    """The network; a wrong name lists them all."""
+    init: str = "auto"
+    """Weights to begin with: what jobs/infer.py --weights takes, a file of VGG16 layers (torchvision's names or
+    vgg16_reducedfc), or none for random ones. auto: the bundled COCO weights, for the network that has them."""
+    priors: Literal["coco", "voc"] = "coco"
+    """Default boxes, where --init doesn't bring them: coco has smaller ones than voc."""
+    epochs: int = 100
+    """Times that every image is seen, unless --max-minutes ends the run before."""
+    max_minutes: float = 0.0
+    """Budget of the whole job, from its start to the last validation; the learning rate falls to its end
+    within the budget. 0: no limit. Minutes of earlier, interrupted jobs of the run count."""
+    batch_size: int = 16
+    """Images in a step, of all workers together."""
+    accumulate: int = 1
+    """Forward and backward passes per step: more of them need less memory; the result is the same."""
+    workers: int = 1
+    """Training processes; each takes its share of the batch."""
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    """Where workers train; auto asks the cluster, not this machine, for GPUs."""
+    precision: Literal["auto", "float32", "bfloat16"] = "auto"
+    """Of forward and backward passes; auto: bfloat16 on GPUs. Loss and L2Norm are always float32."""
+    optimizer: Literal["adamw", "sgd"] = "adamw"
+    """sgd: momentum 0.9, biases at twice the rate and without decay, as in the paper's code."""
+    lr: float = 5e-4
+    """The highest learning rate."""
+    weight_decay: float = 5e-4
+    """Of the weights of convolutions; biases and norms have none."""
+    schedule: Literal["cosine", "multistep"] = "cosine"
+    """How the learning rate falls: to 0 along a cosine, or to a tenth at each of --milestones."""
+    milestones: tuple[float, ...] = (0.667, 0.833)
+    """multistep: shares of the run."""
+    warmup: float = 0.03
+    """Share of the run in which the learning rate rises from 0."""
+    ema: float = 0.9998
+    """Decay of the averaged weights, which are what is validated and kept; 0: no averaging."""
+    clip: float = 10.0
+    """Longest gradient; 0: no limit."""
+    freeze: int = -1
+    """Stages of the backbone, from the image on, that stay as they are: VGG16 has 15, MobileNetV2 19,
+    MobileNetV3 17, ResNet-50 4. -1: 8 of MobileNetV2, else none."""
+    augmentation: Literal["ssd", "light", "none"] = "ssd"
+    """ssd: distort, expand, crop and flip as in the paper; light: without expand; none: resize only."""
+    difficult: bool = True
+    """Learn objects marked as difficult (VOC), as the paper does."""
+    empty_images: bool = True
+    """Learn from images without objects. Softmax models take nothing from them without --hard-negatives."""
+    hard_negatives: int = 0
+    """Softmax models: default boxes of an image without objects that learn to say background. Plain 3:1
+    mining takes none; 3 is a good value for a set with many such images."""
+    validations: int = 10
+    """Validations in the run, evenly spread, the last one at its end."""
+    checkpoint_steps: int = 0
+    """Checkpoints every so many steps, besides those at validations and at epoch ends a minute apart."""
+    log_s: float = 10.0
+    """Seconds between progress lines."""
+    seed: int = 0
+    """Of the order, the augmentation and new layers."""
+    overwrite: bool = False
+    """Delete what an earlier run has left in the output folder and start anew."""
+    dry_run: bool = False
+    """Check everything, print the plan, and stop."""
+
+    def __post_init__(self) -> None:
+        for name in ("epochs", "batch_size", "accumulate", "workers", "validations"):
+            _check(getattr(self, name) >= 1, f"--{name.replace('_', '-')}", getattr(self, name), "1 or more")
+        for name in ("max_minutes", "weight_decay", "clip", "checkpoint_steps", "hard_negatives", "seed"):
+            _check(getattr(self, name) >= 0, f"--{name.replace('_', '-')}", getattr(self, name), "0 or more")
+        _check(self.lr > 0, "--lr", self.lr, "above 0")
+        _check(self.log_s > 0, "--log-s", self.log_s, "above 0")
+        _check(0 <= self.warmup < 1, "--warmup", self.warmup, "0 <= value < 1")
+        _check(0 <= self.ema < 1, "--ema", self.ema, "0 <= value < 1")
+        _check(self.freeze >= -1, "--freeze", self.freeze, "-1 or more")
+        _check(all(0 < m < 1 for m in self.milestones), "--milestones", self.milestones, "between 0 and 1")
+        if self.batch_size % self.workers:
+            raise ConfigError(
+                f"--batch-size {self.batch_size} can't be divided among --workers {self.workers}"
+            )
+        if self.train.rstrip("/") == self.val.rstrip("/"):
+            raise ConfigError("--train and --val are the same: keep images apart that are never learnt from")
 
 
 @dataclass(frozen=True, kw_only=True)

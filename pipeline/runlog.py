@@ -41,6 +41,7 @@ class Counts:
     read_s: float = 0.0
     decode_s: float = 0.0
     detect_s: float = 0.0
+    write_s: float = 0.0
 
     def __add__(self, other: "Counts") -> "Counts":
         return Counts(
@@ -56,6 +57,7 @@ class Counts:
             read_s=self.read_s + other.read_s,
             decode_s=self.decode_s + other.decode_s,
             detect_s=self.detect_s + other.detect_s,
+            write_s=self.write_s + other.write_s,
         )
 
 

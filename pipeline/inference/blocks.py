@@ -6,14 +6,16 @@ A failed image is a row with a blank image.
 """
 
 import multiprocessing
+import os
 import tempfile
+import threading
 import time
+import weakref
 from collections import deque
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor, ThreadPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass, replace
-from functools import partial
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -31,7 +33,6 @@ if TYPE_CHECKING:
 
 SHARDS_AHEAD = 1  # opened while the current one is decoded: hides the store's latency
 IMAGES_AHEAD = 32  # the same for loose image files, a request each
-CHILD_TIMEOUT_S = 120.0  # for one image
 
 # Columns that travel beside schema.IMAGES from the reader to the sink, one value a row.
 STATS = ("num_retries", "num_empty_boxes", "read_s", "decode_s", "detect_s")
@@ -61,6 +62,7 @@ class ReadSettings:
     images_per_block: int
     max_pixels: int
     max_image_bytes: int
+    max_decode_s: float
     reduced_decode: bool
     image_column: str | None = None
     id_column: str | None = None
@@ -85,7 +87,7 @@ def read_blocks(work: Sequence[Work], settings: ReadSettings) -> Iterator[pa.Tab
     images = _blank(settings)
     retries = storage.num_retries()
     before = time.perf_counter()
-    decode = ChildDecoder(settings) if settings.isolated else partial(_decode, settings=settings)
+    decode = ChildDecoder(settings) if settings.isolated else WatchedDecoder(settings)
     for raw in _read_ahead(work, settings):
         read_s = time.perf_counter() - before
         row, pixels = decode(raw)
@@ -142,6 +144,43 @@ def _decode(raw: RawImage, settings: ReadSettings) -> tuple[dict[str, object], n
     return row, pixels
 
 
+class WatchedDecoder:
+    """`_decode` under a watch: where one image takes over `max_decode_s`, this process ends itself.
+
+    A decoder that is stuck in C can't be interrupted, and would hold the run for ever. Ray runs the reader
+    again as after any crash; when that has happened too often, `ChildDecoder` finds the image.
+    """
+
+    def __init__(self, settings: ReadSettings) -> None:
+        self._settings = settings
+        self._current: tuple[float, str] | None = None
+        threading.Thread(target=_watch, args=(weakref.ref(self),), name="decode-watch", daemon=True).start()
+
+    def __call__(self, raw: RawImage) -> tuple[dict[str, object], np.ndarray | None]:
+        """The row of one image and its pixels, as `_decode`."""
+        self._current = (time.monotonic(), raw.image_id)
+        try:
+            return _decode(raw, self._settings)
+        finally:
+            self._current = None
+
+    def stuck_in(self) -> str | None:
+        """The image that takes too long."""
+        current = self._current
+        too_long = current and time.monotonic() - current[0] > self._settings.max_decode_s
+        return current[1] if current and too_long else None
+
+
+def _watch(decoder: "weakref.ref[WatchedDecoder]") -> None:
+    """Look every second, until the decoder is gone."""
+    while (alive := decoder()) is not None:
+        if image := alive.stuck_in():
+            print(f"decoding {image} takes too long; the reader ends itself", flush=True)
+            os._exit(1)
+        del alive
+        time.sleep(1)
+
+
 class ChildDecoder:
     """`_decode` in a child process: an image that kills it, or never ends, becomes a failed row.
 
@@ -154,14 +193,16 @@ class ChildDecoder:
 
     def __call__(self, raw: RawImage) -> tuple[dict[str, object], np.ndarray | None]:
         """The row of one image and its pixels, as `_decode`."""
+        limit_s = self._settings.max_decode_s
         if self._child is None:
             self._child = ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn"))
+            self._child.submit(os.getpid).result()  # its start doesn't count
         try:
-            return self._child.submit(_decode, raw, self._settings).result(CHILD_TIMEOUT_S)
+            return self._child.submit(_decode, raw, self._settings).result(limit_s)
         except (BrokenProcessPool, TimeoutError) as error:
             self._stop()
             killed = isinstance(error, BrokenProcessPool)
-            what = "the process that decoded it died" if killed else f"decoding took over {CHILD_TIMEOUT_S} s"
+            what = "the process that decoded it died" if killed else f"decoding took over {limit_s:g} s"
             lost = replace(raw, error=ImageError(what, kind="ProcessDied" if killed else "TimedOut"))
             return _decode(lost, self._settings)
 

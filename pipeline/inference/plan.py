@@ -87,14 +87,14 @@ def portable_weights(source: str) -> bytes:
 
 def read_settings(config: InferConfig, spec: ModelSpec) -> ReadSettings:
     """How readers prepare images for the model."""
-    batches = max(1, IMAGES_PER_BLOCK // config.batch_size)
     return ReadSettings(
         height=spec.input_height,
         width=spec.input_width,
         resize_rule=spec.resize_rule,
-        images_per_block=batches * config.batch_size,
+        images_per_block=IMAGES_PER_BLOCK,
         max_pixels=config.max_pixels,
         max_image_bytes=config.max_image_bytes,
+        max_decode_s=config.max_decode_s,
         reduced_decode=config.reduced_decode,
         image_column=config.image_column or None,
         id_column=config.id_column or None,

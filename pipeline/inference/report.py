@@ -37,9 +37,12 @@ class Report:
     num_detectors: int
     steady_images_per_second_per_detector: float
     read_s: float
-    """Seconds summed over all tasks: waiting for the store, decoding and resizing, detecting."""
+    """Seconds summed over all tasks: waiting for the store, decoding and resizing, detecting, publishing."""
     decode_s: float
     detect_s: float
+    write_s: float
+    wait_s: float
+    """Seconds, summed over the detectors, in which they had nothing to do after the first part."""
     detectors_busy: float
     """Share of the detectors' time."""
     num_retries: int
@@ -92,6 +95,8 @@ def finish_report(
         read_s=round(counts.read_s, 2),
         decode_s=round(counts.decode_s, 2),
         detect_s=round(counts.detect_s, 2),
+        write_s=round(counts.write_s, 2),
+        wait_s=round(max(progress.steady_seconds * num_detectors - counts.detect_s, 0.0), 2),
         detectors_busy=round(min(busy, 1.0), 3),
         num_retries=int(counts.num_retries),
         num_empty_boxes=int(counts.num_empty_boxes),
@@ -139,6 +144,10 @@ def summary_text(report: Report) -> str:
             f"this run: {report.num_images_this_run:,} images in {duration(report.seconds)}, "
             f"{report.images_per_second:,.1f} images/s "
             f"({report.steady_images_per_second:,.1f} after start-up)"
+        )
+        lines.append(
+            f"  task seconds: read {report.read_s:,.0f}, decode {report.decode_s:,.0f}, "
+            f"detect {report.detect_s:,.0f} (waited {report.wait_s:,.0f}), write {report.write_s:,.0f}"
         )
     for error, number in report.errors.items():
         lines.append(f"  failed: {error:<22} {number:>14,}")

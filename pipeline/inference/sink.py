@@ -1,8 +1,9 @@
 """The last stage of the chain: one task publishes one part of the two tables."""
 
+import time
 from collections import Counter
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import pyarrow as pa
@@ -48,8 +49,9 @@ class PartSink(Datasink[Counts]):
         block = pa.concat_tables(tables)
         images, boxes = to_tables(block, self._target.class_names)
         name = f"part-{self._target.run}-{ctx.task_idx:06d}.parquet"
+        start = time.perf_counter()
         commit(self._target.output, name, images, boxes, self._target.metadata, lock=self._target.lock)
-        counts = count(block, boxes)
+        counts = replace(count(block, boxes), write_s=time.perf_counter() - start)
         if ray.get(self._monitor.add.remote(counts)):
             raise BudgetError("too many images failed")
         return counts

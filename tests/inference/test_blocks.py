@@ -18,7 +18,7 @@ from tests.makers import make_image, make_jpeg, make_tar, make_tar_shard
 
 SETTINGS = ReadSettings(
     height=30, width=40, resize_rule="bilinear", images_per_block=8, max_pixels=10**6, max_image_bytes=10**6,
-    reduced_decode=False,
+    max_decode_s=60, reduced_decode=False,
 )  # fmt: skip
 NAMES = dict.fromkeys(range(1, 12), "thing")
 
@@ -108,10 +108,9 @@ def test_an_image_that_kills_its_decoder_is_a_failed_row_in_isolation(tmp_path, 
     assert calm["image"][0].equals(block["image"][0])
 
 
-def test_an_image_that_never_ends_is_a_failed_row_in_isolation(tmp_path, monkeypatch):
+def test_an_image_that_never_ends_is_a_failed_row_in_isolation(tmp_path):
     make_tar_shard(tmp_path / "a.tar", 1)
-    monkeypatch.setattr(blocks, "CHILD_TIMEOUT_S", 0.0)
-    (block,) = read(tmp_path, replace(SETTINGS, isolated=True))
+    (block,) = read(tmp_path, replace(SETTINGS, isolated=True, max_decode_s=0))
     assert block["error_type"].to_pylist() == ["TimedOut"]
 
 

@@ -71,8 +71,8 @@ def test_the_physical_plan_is_read_detect_write(folders, monkeypatch):
     plans = []
     write = module.write_parts
 
-    def spy(detected, target, monitor):
-        write(detected, target, monitor)
+    def spy(detected, target, **settings):
+        write(detected, target, **settings)
         plans.append(detected._write_ds.stats())
 
     monkeypatch.setattr(module, "write_parts", spy)

@@ -1,0 +1,159 @@
+"""How fast images reach a detector: the pipeline with a null detector, a torch DataLoader, two plain processes.
+
+    python benchmarks/feeding.py --images FOLDER [--shards 16] [--images-per-shard 250] [--pairs 5] [--json FILE]
+
+The JPEGs of FOLDER, made 640x480, are packed into tar shards (repeated until they are enough); each side reads,
+decodes and resizes all of them to 300x300 with the same code. Steady rates: from the first batch of a side to its last, so
+that nobody's start counts. The sides take turns; the table shows the median of the ratios.
+"""
+
+import argparse
+import io
+import itertools
+import json
+import multiprocessing
+import os
+import statistics
+import tarfile
+import tempfile
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+from PIL import Image
+
+from pipeline.config import InferConfig
+from pipeline.data.images import decode_image, resize_image
+from pipeline.data.shards import Shard, list_shards, read_shard
+from pipeline.inference.blocks import with_detections
+from pipeline.inference.run import infer
+
+WORKERS = 2
+BATCH = 64
+SIZE = 300
+
+
+def make_shards(images: Path, folder: Path, *, num_shards: int, size: int) -> None:
+    """Tars of `size` JPEGs each."""
+    files = itertools.cycle([_as_640x480(path) for path in sorted(images.glob("*.jpg"))])
+    folder.mkdir(parents=True)
+    for number in range(num_shards):
+        with tarfile.open(folder / f"{number:04d}.tar", "w") as tar:
+            for position in range(size):
+                data = next(files)
+                member = tarfile.TarInfo(f"{position:05d}.jpg")
+                member.size = len(data)
+                tar.addfile(member, io.BytesIO(data))
+
+
+def _as_640x480(path: Path) -> bytes:
+    file = io.BytesIO()
+    Image.open(path).convert("RGB").resize((640, 480)).save(file, "JPEG", quality=90)
+    return file.getvalue()
+
+
+def resized(shards: list[Shard]) -> Iterator:
+    """Every image of `shards` as uint8 [SIZE, SIZE, 3]."""
+    for shard in shards:
+        for raw in read_shard(shard):
+            pixels = decode_image(raw.data or b"").pixels
+            yield resize_image(pixels, height=SIZE, width=SIZE, rule="tf_legacy")
+
+
+class NullDetector:
+    """No boxes and no work: what is left is the rest of the pipeline."""
+
+    def __init__(self, **_: object) -> None: ...
+
+    def __call__(self, block: pa.Table) -> pa.Table:
+        """The block without its images."""
+        return with_detections(block, [], 0.0, np.zeros(0, np.int64))
+
+
+def pipeline_rate(source: str, output: str) -> float:
+    """Read -> null detector -> Parquet on two CPUs."""
+    report = infer(InferConfig(input=source, output=output, reduced_decode=False), detector=NullDetector)
+    return report.steady_images_per_second
+
+
+def loader_rate(source: str) -> float:
+    """A DataLoader of two worker processes, batches of uint8 tensors."""
+    import torch
+    from torch.utils.data import DataLoader, IterableDataset, get_worker_info
+
+    class Images(IterableDataset):
+        def __iter__(self) -> Iterator[torch.Tensor]:
+            info = get_worker_info()
+            shards = list_shards(source)[info.id :: info.num_workers] if info else []
+            return (torch.from_numpy(pixels) for pixels in resized(shards))
+
+    loader = DataLoader(Images(), batch_size=BATCH, num_workers=WORKERS, multiprocessing_context="fork")
+    arrivals = [(time.perf_counter(), len(batch)) for batch in loader]
+    return _steady(arrivals)
+
+
+def plain_rate(source: str) -> float:
+    """Two processes that read, decode and resize, and keep nothing."""
+    fork = multiprocessing.get_context("fork")
+    queue = fork.Queue()
+    shards = list_shards(source)
+    workers = [fork.Process(target=_plain, args=(shards[n::WORKERS], queue)) for n in range(WORKERS)]
+    for worker in workers:
+        worker.start()
+    arrivals = sorted(itertools.chain.from_iterable(queue.get() for _ in workers))
+    for worker in workers:
+        worker.join()
+    return _steady(arrivals)
+
+
+def _plain(shards: list[Shard], queue: multiprocessing.Queue) -> None:
+    arrivals, count = [], 0
+    for _ in resized(shards):
+        count += 1
+        if count == BATCH:
+            arrivals.append((time.perf_counter(), count))
+            count = 0
+    queue.put(arrivals)
+
+
+def _steady(arrivals: list[tuple[float, int]]) -> float:
+    """Images per second from the first batch to the last."""
+    (first, skipped), (last, _) = arrivals[0], arrivals[-1]
+    return (sum(count for _, count in arrivals) - skipped) / (last - first)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--images", type=Path, required=True, help="a folder of JPEGs, best of 640x480")
+    parser.add_argument("--shards", type=int, default=16)
+    parser.add_argument("--images-per-shard", type=int, default=250)
+    parser.add_argument("--pairs", type=int, default=5)
+    parser.add_argument("--json", type=Path)
+    args = parser.parse_args()
+    from pipeline import runtime
+
+    os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
+    runtime.start_ray(num_cpus=WORKERS)
+    rates: dict[str, list[float]] = {"pipeline": [], "DataLoader": [], "plain processes": []}
+    with tempfile.TemporaryDirectory() as name:
+        source = f"{name}/shards"
+        make_shards(args.images, Path(source), num_shards=args.shards, size=args.images_per_shard)
+        for number in range(args.pairs):
+            rates["plain processes"].append(plain_rate(source))
+            rates["DataLoader"].append(loader_rate(source))
+            rates["pipeline"].append(pipeline_rate(source, f"{name}/out-{number}"))
+            print("   ".join(f"{side} {values[-1]:.0f}" for side, values in rates.items()), flush=True)
+    ours = rates["pipeline"]
+    for side in ("DataLoader", "plain processes"):
+        ratios = [a / b for a, b in zip(ours, rates[side], strict=True)]
+        print(f"pipeline / {side}: {statistics.median(ratios):.2f} (median of {len(ratios)})")
+    if args.json:
+        args.json.write_text(json.dumps(rates))
+
+
+if __name__ == "__main__":
+    main()
