@@ -5,6 +5,7 @@ A resume is an anti-join against it; `sweep` removes what dead writers left; `co
 
 import io
 import json
+import time
 import uuid
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
@@ -22,6 +23,11 @@ from pipeline.results.parts import Part, part_names, read_parts
 COMPACT_IMAGES = 250_000
 COMPACT_DETECTIONS = 2_000_000
 
+FOUND = "found.json"
+# So long an overtaken writer waits for the new run to look over the output: 10 s for ten million images.
+FOUND_TRIES, FOUND_PAUSE_S = 60, 1.0
+
+_TAKEN_OVER = "{}: another run took this output over; this one stops"
 _KEY_BITS = 32  # a key is shard code << 32 | shard_index
 
 
@@ -77,26 +83,32 @@ def read_ledger(output: str, parts: Sequence[Part]) -> Ledger:
     """
     ledger = Ledger()
     keys, failed, sizes = [], [], {}
-    for table in _columns(output, parts, ["shard", "shard_index", "shard_size", "status"]):
-        for batch in table.to_batches():
-            names = batch["shard"].dictionary.to_pylist()
-            code_of = np.array([ledger.codes.setdefault(name, len(ledger.codes)) for name in names], np.int64)
-            codes = code_of[batch["shard"].indices.to_numpy()]
-            index = batch["shard_index"].to_numpy().astype(np.int64) + 1
-            key = (codes << _KEY_BITS) | index
-            keys.append(key)
-            statuses = batch["status"].dictionary.to_pylist()
-            if "failed" in statuses:
-                failed.append(key[batch["status"].indices.to_numpy() == statuses.index("failed")])
-            size_of = np.zeros(len(names), np.int64)
-            size_of[batch["shard"].indices.to_numpy()] = batch["shard_size"].to_numpy()
-            sizes.update(zip(code_of.tolist(), size_of.tolist(), strict=True))
+    for key, batch, codes in _keys(output, parts, ledger.codes):
+        keys.append(key)
+        statuses = batch["status"].dictionary.to_pylist()
+        if "failed" in statuses:
+            failed.append(key[batch["status"].indices.to_numpy() == statuses.index("failed")])
+        size_of = np.zeros(len(codes), np.int64)
+        size_of[batch["shard"].indices.to_numpy()] = batch["shard_size"].to_numpy()
+        sizes.update(zip(codes.tolist(), size_of.tolist(), strict=True))
     ledger.sizes = np.zeros(len(ledger.codes), np.int64)
     for code, size in sizes.items():
         ledger.sizes[code] = size
     ledger.keys, ledger.num_rows = _sorted_unique(keys)
     ledger.failed, _ = _sorted_unique(failed)
     return ledger
+
+
+def _keys(
+    output: str, parts: Sequence[Part], codes: dict[str, int]
+) -> Iterator[tuple[np.ndarray, pa.RecordBatch, np.ndarray]]:
+    """Keys of the rows of each batch, the batch, and the codes of its shards; new shards go into `codes`."""
+    for table in _columns(output, parts, ["shard", "shard_index", "shard_size", "status"]):
+        for batch in table.to_batches():
+            names = batch["shard"].dictionary.to_pylist()
+            code_of = np.array([codes.setdefault(name, len(codes)) for name in names], np.int64)
+            index = batch["shard_index"].to_numpy().astype(np.int64) + 1
+            yield (code_of[batch["shard"].indices.to_numpy()] << _KEY_BITS) | index, batch, code_of
 
 
 def _sorted_unique(arrays: list[np.ndarray]) -> tuple[np.ndarray, int]:
@@ -125,30 +137,67 @@ def _columns(output: str, parts: Iterable[Part], columns: list[str]) -> Iterator
 def sweep(output: str) -> list[Part]:
     """Delete what dead writers left and return the parts that count. The lock must be held.
 
-    Images parts that another one replaced, then detections parts that nobody names.
+    Images parts that another one replaced, or whose boxes were swept before it landed; then detections parts
+    that nobody names.
     """
     names = part_names(output, "images")
-    parts = read_parts(output, names)
+    listed = read_parts(output, names)
+    there = part_names(output, "detections")
+    parts = [part for part in listed if part.detections in there]
     _delete(output, "images", names - {part.name for part in parts})
-    _delete(output, "detections", part_names(output, "detections") - {part.detections for part in parts})
+    _delete(output, "detections", there - {part.detections for part in parts})
     return parts
 
 
-def remove_late(output: str, known: Sequence[Part], run: str) -> int:
-    """Delete parts that writers of other runs published since `known` was read; how many there were.
+def without_repeats(output: str, parts: Sequence[Part]) -> list[Part]:
+    """Delete every part that holds an image of a newer part of its round; the parts that are left.
 
-    A writer can outlive its driver (measured: 61 s on another node when the head dies).
+    A writer of a dead run may land, and die before it takes its part back, while another run writes the same
+    images and dies, too. What is deleted here and isn't in the newer parts runs again.
     """
-    ours = {part.name for part in known}
-    names = {
-        name
-        for name in part_names(output, "images")
-        if name not in ours and not name.startswith(f"part-{run}.")
-    }
-    late = read_parts(output, names)
-    _delete(output, "images", {part.name for part in late})
-    _delete(output, "detections", {part.detections for part in late})
-    return len(late)
+    newest_first = sorted(parts, key=lambda part: part.name, reverse=True)
+    codes: dict[str, int] = {}
+    keys, rank = [], []
+    for number, part in enumerate(newest_first):
+        for found, _, _ in _keys(output, [part], codes):
+            keys.append(found)
+            rank.append(np.full(len(found), number, np.int32))
+    all_keys = np.concatenate([*keys, np.zeros(0, np.int64)])
+    ranks = np.concatenate([*rank, np.zeros(0, np.int32)])
+    rounds = np.array([part.round for part in newest_first], np.int64)[ranks]
+    order = np.lexsort((ranks, rounds, all_keys))
+    same = (np.diff(all_keys[order]) == 0) & (np.diff(rounds[order]) == 0)
+    repeats = {newest_first[number].name for number in np.unique(ranks[order][1:][same])}
+    _delete(output, "images", repeats)
+    _delete(output, "detections", {part.detections for part in parts if part.name in repeats})
+    return [part for part in parts if part.name not in repeats]
+
+
+def remove_late(output: str, known: Sequence[Part], run: str, *, lock: LockRef, over: bool) -> list[Part]:
+    """Delete what writers of other runs published since `known` was read; the parts that count.
+
+    A writer can outlive its driver (measured: 61 s on another node when the head dies). Boxes that no images
+    part names go, too: a writer that died left them. While writers of this run may still live (`over` is
+    False), theirs stay.
+
+    Raises:
+        StorageError: another run took the output over: all of this is its business now.
+    """
+    check_held(output, lock)
+    boxes = part_names(output, "detections")  # listed first: those of a later images part are not in it
+    names = part_names(output, "images")
+    ours = {part.name for part in known} | {name for name in names if name.startswith(f"part-{run}.")}
+    parts = read_parts(output, names & ours)
+    orphans = boxes - {part.detections for part in parts}
+    _delete(output, "images", names - ours)
+    _delete(output, "detections", {n for n in orphans if over or not n.startswith(f"part-{run}.")})
+    return parts
+
+
+def check_held(output: str, lock: LockRef) -> None:
+    """Raises: StorageError: another run took the output over."""
+    if not lock.is_held():
+        raise StorageError(_TAKEN_OVER.format(output))
 
 
 def _delete(output: str, table: str, names: set[str]) -> None:
@@ -196,24 +245,27 @@ def to_parquet(table: pa.Table, metadata: dict[bytes, bytes]) -> bytes:
 # ---- compaction --------------------------------------------------------------------------------------
 
 
-def compact(output: str, run: str, *, superseded: bool, lock: LockRef) -> list[Part]:
+def compact(output: str, parts: Sequence[Part], run: str, *, superseded: bool, lock: LockRef) -> list[Part]:
     """Merge small parts into few, and drop rows that a later round superseded.
 
     Crash-safe: a merged part names what it replaces, so wherever this stops, `sweep` finishes it.
 
     Args:
         output: the output folder.
+        parts: those that count; what lands meanwhile is none of them.
         run: id of this run, for the names of the new parts.
         superseded: whether rows of the same image exist twice (after `--retry-failed`): merges everything.
         lock: this run's lock.
     """
-    parts = read_parts(output)
     newest = _newest_rounds(output, parts) if superseded else {}
+    left = {part.name for part in parts}
     for number, group in enumerate(_groups(parts, everything=superseded)):
-        _merge(output, group, f"part-{run}.c{number:05d}.parquet", newest, lock)
+        name = f"part-{run}.c{number:05d}.parquet"
+        _merge(output, group, name, newest, lock)
+        left = left - {part.name for part in group} | {name}
         _delete(output, "images", {part.name for part in group})
         _delete(output, "detections", {part.detections for part in group})
-    return read_parts(output)
+    return read_parts(output, left)
 
 
 def _groups(parts: Sequence[Part], *, everything: bool) -> Iterator[list[Part]]:
@@ -300,13 +352,13 @@ def commit(
     """Publish a part: the boxes under a fresh name, then the images part that names them, only if absent.
 
     The lock is looked at before publishing, and once more after: a writer that was held up in between takes
-    its part back.
+    its part back, unless the run that took over counts on it already.
 
     Returns:
         False where a part of this name exists: another attempt of the same task was first, and counts.
 
     Raises:
-        StorageError: another run took the output over; nothing stays published.
+        StorageError: another run took the output over.
     """
     boxes_name = detections_name(name)
     boxes_uri, images_uri = (
@@ -319,12 +371,30 @@ def commit(
         schema.META_DETECTIONS_PART: boxes_name.encode(),
         schema.META_NUM_DETECTIONS: str(len(boxes)).encode(),
     }
+    published = [boxes_uri]
     if lock.is_held():
         if not storage.create_exclusive(images_uri, to_parquet(images, named)):
             storage.delete([boxes_uri])
             return False
         if lock.is_held():
             return True
-        storage.delete([images_uri])
-    storage.delete([boxes_uri])
-    raise StorageError(f"{output}: another run took this output over; this one stops")
+        published = [] if _is_counted(output, name, lock) else [images_uri, boxes_uri]
+    storage.delete(published)
+    raise StorageError(_TAKEN_OVER.format(output))
+
+
+def record_found(output: str, parts: Sequence[Part], lock: LockRef) -> None:
+    """Write down which parts this run counts on, for late writers of older runs: see `commit`."""
+    record = {"run": lock.number, "parts": [part.name for part in parts]}
+    storage.write_atomic(storage.join(output, "_run", FOUND), json.dumps(record).encode())
+
+
+def _is_counted(output: str, name: str, lock: LockRef) -> bool:
+    """Whether a run after the lock's counts on the part `name`, or will, because it has not looked yet."""
+    uri = storage.join(output, "_run", FOUND)
+    for _ in range(FOUND_TRIES):
+        record = json.loads(storage.read_bytes(uri)) if storage.exists(uri) else {"run": 0}
+        if record["run"] > lock.number:
+            return name in record["parts"]
+        time.sleep(FOUND_PAUSE_S)
+    return True  # that run died before it looked; the next one will see the part

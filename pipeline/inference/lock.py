@@ -18,6 +18,7 @@ from pipeline import storage
 from pipeline.errors import ConfigError, StorageError
 
 HEARTBEAT_S = 15.0
+KEPT = 100  # older lock files: a late writer of run n knows by the file of run n + 1 that it is late
 SILENCE_S = 90.0  # an owner that was silent for so long is taken for dead
 
 
@@ -75,7 +76,7 @@ class Lock:
             self._refuse_if_alive(number)
         if not storage.create_exclusive(_lock_uri(self._folder, number + 1), self._content(released=False)):
             raise ConfigError(f"another run took {self._folder} in this moment; wait for it or stop it")
-        storage.delete(_lock_uri(self._folder, old) for old in numbers[:-1])
+        storage.delete(_lock_uri(self._folder, old) for old in numbers[:-KEPT])
         return number + 1
 
     def _refuse_if_alive(self, number: int) -> None:

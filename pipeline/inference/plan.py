@@ -19,7 +19,7 @@ from pipeline.config import InferConfig
 from pipeline.data.shards import Shard
 from pipeline.errors import ConfigError
 from pipeline.inference.blocks import ReadSettings, Work
-from pipeline.inference.ledger import Ledger, read_ledger, sweep
+from pipeline.inference.ledger import Ledger, read_ledger, sweep, without_repeats
 from pipeline.model import checkpoint
 from pipeline.model.spec import ModelSpec
 from pipeline.results.parts import Part, part_names
@@ -204,6 +204,9 @@ def make_plan(config: InferConfig, settings: ReadSettings, fingerprint: str, sha
     """
     known = sweep(config.output)
     ledger = read_ledger(config.output, known)
+    if ledger.num_rows > len(ledger.keys):
+        known = without_repeats(config.output, known)
+        ledger = read_ledger(config.output, known)
     redone = changed_shards(config, shards, ledger)
     retry = config.retry_failed or bool(redone)
     return Plan(

@@ -1,10 +1,8 @@
 """The inference run: plan, the chain read -> detect -> write, finish check, compaction, report."""
 
 import json
-import threading
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -14,16 +12,23 @@ import ray.exceptions
 from ray.data import ActorPoolStrategy, Dataset, Datasource, ReadTask
 from ray.data.block import BlockMetadata
 from ray.util.annotations import RayDeprecationWarning
-from ray.util.metrics import Counter as MetricCounter
-from ray.util.metrics import Gauge as MetricGauge
 
 from pipeline import runtime, storage
 from pipeline.config import InferConfig, flags
 from pipeline.data.shards import list_shards
 from pipeline.errors import BudgetError, ConfigError, PipelineError
 from pipeline.inference.blocks import DetectImages, ReadSettings, Work, read_blocks
-from pipeline.inference.ledger import Ledger, compact, part_metadata, read_ledger, remove_late
+from pipeline.inference.ledger import (
+    Ledger,
+    compact,
+    part_metadata,
+    read_ledger,
+    record_found,
+    remove_late,
+    without_repeats,
+)
 from pipeline.inference.lock import Lock
+from pipeline.inference.monitor import monitoring, progress_of
 from pipeline.inference.plan import (
     IMAGES_PER_BLOCK,
     Plan,
@@ -43,12 +48,10 @@ from pipeline.inference.sink import PartSink, Target
 from pipeline.model import checkpoint
 from pipeline.model.spec import ModelSpec
 from pipeline.results.parts import read_parts
-from pipeline.runlog import Counts, Progress, logger
+from pipeline.runlog import Progress, logger
 
 MAX_PASSES = 5  # the run itself, and again for what is missing or was in flight when a process died
-PROGRESS_S = 5.0
 SLOW_IMAGES_PER_BLOCK = 16
-BUDGET_FROM = 1_000  # images before the error budget is looked at during the run
 
 # Equal CPU demands would fuse reader and detector in one task; the writer asks for none or it starves.
 DETECTOR_CPUS = 0.1  # logical: detectors and readers share the cores, backpressure decides who runs
@@ -102,6 +105,7 @@ def infer(config: InferConfig, *, detector: type | None = None) -> Report:
             storage.join(config.output, "_run", "config.json"), json.dumps(record, indent=2).encode()
         )
         plan = make_plan(config, settings, digest(fingerprint), shards)
+        record_found(config.output, plan.known, lock.ref)
         save_shards(plan)
         logger.info(
             "%s: %s shards, %s of them finished before",
@@ -114,8 +118,10 @@ def infer(config: InferConfig, *, detector: type | None = None) -> Report:
             if plan.work
             else Outcome(progress_of(plan), num_detectors=0, over_budget=False)
         )
-        remove_late(config.output, plan.known, run_name(lock))
-        parts = compact(config.output, run_name(lock), superseded=plan.round > 0, lock=lock.ref)
+        run = run_name(lock)
+        parts = remove_late(config.output, plan.known, run, lock=lock.ref, over=not done.over_budget)
+        superseded = plan.round > 0 or plan.ledger.num_rows > len(plan.ledger.keys)
+        parts = compact(config.output, parts, run, superseded=superseded, lock=lock.ref)
         return finish_report(config, plan, parts, done.progress, done.num_detectors, stopped=done.over_budget)
 
 
@@ -335,9 +341,10 @@ def still_missing(plan: Plan, own: str) -> list[Work]:
     known = {part.name for part in plan.known}
     parts = [part for part in read_parts(plan.output) if part.name in known or part.name.startswith(own)]
     before = {part.name for part in plan.known} if plan.round else set()
-    ledger = read_ledger(plan.output, [part for part in parts if part.name not in before])
-    if ledger.num_rows > len(ledger.keys):
-        raise PipelineError(f"{ledger.num_rows - len(ledger.keys)} images were written twice; this is a bug")
+    parts = [part for part in parts if part.name not in before]
+    ledger = read_ledger(plan.output, parts)
+    if ledger.num_rows > len(ledger.keys):  # a writer of a pass that was broken off came late
+        ledger = read_ledger(plan.output, without_repeats(plan.output, parts))
     return [item for work in plan.work if (item := _left(work, ledger, retried=bool(plan.round)))]
 
 
@@ -362,7 +369,7 @@ def run_name(lock: Lock) -> str:
     return f"r{lock.number:04d}"
 
 
-# ---- pool, output, monitor ---------------------------------------------------------------------------
+# ---- pool, output ------------------------------------------------------------------------------------
 
 
 def choose_pool(config: InferConfig) -> Pool:
@@ -416,95 +423,3 @@ def clear(output: str) -> None:
     storage.delete(
         storage.join(run, name) for name in storage.list_names(run) if not name.startswith("lock-")
     )
-
-
-@ray.remote(num_cpus=0)
-class Monitor:
-    """Keeps the weights, adds up what tasks report, tells the error budget, and publishes live metrics."""
-
-    def __init__(self, progress: Progress, max_failed_fraction: float, weights: bytes) -> None:
-        self._progress = progress
-        self._allowed = max_failed_fraction
-        self._weights = weights
-        self._unfinished: set[int] = set()
-        self._metrics = {
-            name: MetricCounter(f"shardshot_{name}_total", description=text)
-            for name, text in {
-                "images": "images with a row",
-                "failed": "failed images",
-                "detections": "boxes written",
-                "bytes": "bytes of encoded images",
-                "num_retries": "storage calls repeated",
-                "read_s": "seconds spent waiting for storage",
-                "decode_s": "seconds spent decoding and resizing",
-                "detect_s": "seconds spent in detectors",
-                "write_s": "seconds spent publishing parts",
-            }.items()
-        }
-        self._rate = MetricGauge("shardshot_images_per_second", description="steady speed of the run")
-
-    def add(self, counts: Counts) -> bool:
-        """Count one part; True when the error budget is spent."""
-        self._progress.add(counts)
-        for name, metric in self._metrics.items():
-            if value := getattr(counts, name):
-                metric.inc(value)
-        self._rate.set(self._progress.steady_rate)
-        return self._progress.counts.images >= BUDGET_FROM and self._progress.failed_fraction > self._allowed
-
-    def weights(self) -> bytes:
-        """The weights file, for detectors that start."""
-        return self._weights
-
-    def begin(self) -> None:
-        """A new pass: nothing is in flight."""
-        self._unfinished = set()
-
-    def reading(self, task: int) -> None:
-        """A reader began with its group of shards."""
-        self._unfinished.add(task)
-
-    def read(self, task: int) -> None:
-        """A reader came to the end of its group."""
-        self._unfinished.discard(task)
-
-    def unfinished(self) -> list[int]:
-        """Groups whose reader began and never came to the end."""
-        return sorted(self._unfinished)
-
-    def progress(self) -> Progress:
-        """Everything counted so far."""
-        return self._progress
-
-
-def progress_of(plan: Plan) -> Progress:
-    """The progress of a plan of which nothing is done yet."""
-    loose = sum(item.shard.kind == "image" for item in plan.work)
-    return Progress(
-        done_before=plan.num_finished_images,
-        done_of_packed=sum(len(item.skip) for item in plan.work),
-        num_loose=loose,
-        num_packed=len(plan.work) - loose,
-    )
-
-
-@contextmanager
-def monitoring(progress: Progress, config: InferConfig, weights: bytes) -> Iterator[Any]:
-    """A monitor, and a thread that prints its progress line every few seconds."""
-    monitor: Any = Monitor.remote(progress, config.max_failed_fraction, weights)
-    stop = threading.Event()
-
-    def report() -> None:
-        while not stop.wait(PROGRESS_S):
-            progress: Progress = ray.get(monitor.progress.remote())
-            if progress.counts.images:
-                logger.info(progress.line())
-
-    thread = threading.Thread(target=report, name="progress", daemon=True)
-    thread.start()
-    try:
-        yield monitor
-    finally:
-        stop.set()
-        thread.join()
-        ray.kill(monitor)

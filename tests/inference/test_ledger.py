@@ -118,21 +118,46 @@ def test_a_writer_whose_run_was_taken_over_publishes_nothing(output, lock):
     assert part_names(output, "images") == part_names(output, "detections") == set()
 
 
-def test_a_part_published_while_the_output_was_taken_over_is_taken_back(output, lock):
+def held_up(output):
+    """A lock that is held when asked before publishing and taken over when asked after."""
+    answers = iter([True, False])
+
     class HeldUp(LockRef):
-        """Alive when asked before publishing, dead when asked after."""
-
-        answers = iter([True, False])
-
         def is_held(self):
-            return next(self.answers)
+            return next(answers)
 
+    return HeldUp(f"{output}/_run", 1)
+
+
+@pytest.mark.parametrize("counted", [False, True])
+def test_a_part_published_while_the_output_was_taken_over_stays_only_if_the_new_run_counts_on_it(
+    output, counted
+):
+    rows = [("x.tar", 0, 1, "ok", 2)]
+
+    def commit(name, lock):
+        return ledger.commit(output, name, images_table(rows), boxes_table(rows), METADATA, lock=lock)
+
+    found = []
+    if counted:
+        commit("part-r0001.0-000000.parquet", LockRef(f"{output}/_run", 1))
+        found = read_parts(output)
+        for part in found:  # the same name is published again below
+            storage.delete([f"{output}/images/{part.name}", f"{output}/detections/{part.detections}"])
+    ledger.record_found(output, found, LockRef(f"{output}/_run", 2))
+    with pytest.raises(StorageError, match="took this output over"):
+        commit("part-r0001.0-000000.parquet", held_up(output))
+    assert len(part_names(output, "images")) == len(part_names(output, "detections")) == int(counted)
+
+
+def test_a_late_part_stays_where_no_run_has_looked_over_the_output_yet(output, monkeypatch):
+    monkeypatch.setattr(ledger, "FOUND_PAUSE_S", 0)
     rows = [("x.tar", 0, 1, "ok", 2)]
     with pytest.raises(StorageError, match="took this output over"):
         ledger.commit(
-            output, "part-a.parquet", images_table(rows), boxes_table(rows), METADATA, lock=HeldUp("", 1)
+            output, "part-a.parquet", images_table(rows), boxes_table(rows), METADATA, lock=held_up(output)
         )
-    assert part_names(output, "images") == part_names(output, "detections") == set()
+    assert len(ledger.sweep(output)) == 1
 
 
 def test_late_parts_of_other_runs_are_removed_and_own_ones_kept(output, lock):
@@ -140,11 +165,54 @@ def test_late_parts_of_other_runs_are_removed_and_own_ones_kept(output, lock):
     known = read_parts(output)
     publish(output, lock, "part-r0001.0-000001.parquet", [("x.tar", 1, 2, "ok", 2)])  # a late writer of run 1
     publish(output, lock, "part-r0002.0-000000.parquet", [("x.tar", 1, 2, "ok", 2)])
-    assert ledger.remove_late(output, known, "r0002") == 1
+    parts = ledger.remove_late(output, known, "r0002", lock=lock.ref, over=True)
+    assert parts == read_parts(output)
     assert {part.name for part in read_parts(output)} == {
         "part-r0001.0-000000.parquet", "part-r0002.0-000000.parquet",
     }  # fmt: skip
     assert len(naive(output, "detections")) == 4
+
+
+@pytest.mark.parametrize("over", [False, True])
+def test_boxes_of_a_writer_that_died_go_at_the_end_once_no_writer_lives(output, lock, over):
+    publish(output, lock, "part-r0002.0-000000.parquet", [("x.tar", 0, 1, "ok", 2)])
+    boxes = ledger.to_parquet(boxes_table([("x.tar", 0, 1, "ok", 2)]), METADATA)
+    for name in ("part-r0001.0-000003-n.parquet", "part-r0002.0-000000-n.parquet"):
+        storage.write_atomic(f"{output}/detections/{name}", boxes)
+    ledger.remove_late(output, [], "r0002", lock=lock.ref, over=over)
+    assert ("part-r0002.0-000000-n.parquet" in part_names(output, "detections")) != over
+    assert "part-r0001.0-000003-n.parquet" not in part_names(output, "detections")
+
+
+def test_a_run_that_was_overtaken_removes_nothing_at_its_end(output, lock):
+    storage.create_exclusive(f"{output}/_run/lock-{lock.number + 1:06d}", b"{}")
+    storage.write_atomic(f"{output}/images/part-r0002.0-000000.parquet", b"of the new run")
+    with pytest.raises(StorageError, match="took this output over"):
+        ledger.remove_late(output, [], "r0001", lock=lock.ref, over=True)
+    assert part_names(output, "images") == {"part-r0002.0-000000.parquet"}
+
+
+def test_an_images_part_whose_boxes_were_swept_before_it_landed_does_not_count(output, lock):
+    publish(output, lock, "part-a.parquet", [("x.tar", 0, 1, "ok", 2)])
+    publish(output, lock, "part-b.parquet", [("y.tar", 0, 1, "ok", 2)])
+    (first, _) = read_parts(output)
+    storage.delete([f"{output}/detections/{first.detections}"])
+    assert [part.name for part in ledger.sweep(output)] == ["part-b.parquet"]
+    assert part_names(output, "images") == {"part-b.parquet"}
+
+
+def test_of_parts_with_the_same_image_the_newest_stays_and_rounds_may_repeat(output, lock):
+    publish(output, lock, "part-r0001.0-000000.parquet", [("x.tar", 0, 4, "ok", 2), ("x.tar", 1, 4, "ok", 1)])
+    publish(output, lock, "part-r0001.0-000001.parquet", [("x.tar", 3, 4, "ok", 2)])
+    publish(output, lock, "part-r0002.0-000000.parquet", [("x.tar", 1, 4, "ok", 1), ("x.tar", 2, 4, "ok", 2)])
+    publish(output, lock, "part-r0003.0-000000.parquet", [("x.tar", 2, 4, "ok", 3)], round=1)
+    kept = ledger.without_repeats(output, read_parts(output))
+    assert [part.name for part in kept] == [
+        "part-r0001.0-000001.parquet", "part-r0002.0-000000.parquet", "part-r0003.0-000000.parquet",
+    ]  # fmt: skip
+    assert kept == read_parts(output)
+    assert len(part_names(output, "detections")) == 3
+    assert ledger.without_repeats(output, []) == []
 
 
 def test_compaction_keeps_every_row_in_input_order(output, lock):
@@ -154,7 +222,7 @@ def test_compaction_keeps_every_row_in_input_order(output, lock):
     shuffled = np.random.default_rng(0).permutation(len(rows))
     for number, pick in enumerate(np.array_split(shuffled, 6)):
         publish(output, lock, f"part-{number}.parquet", [rows[i] for i in pick])
-    parts = ledger.compact(output, "r0002", superseded=False, lock=lock.ref)
+    parts = ledger.compact(output, read_parts(output), "r0002", superseded=False, lock=lock.ref)
     assert len(parts) == 1
     images, boxes = naive(output, "images"), naive(output, "detections")
     assert images.image_id.tolist() == [f"{shard}/{index}" for shard, index, *_ in rows]
@@ -168,7 +236,7 @@ def test_compaction_that_dies_before_deleting_is_finished_by_the_next_sweep(outp
         publish(output, lock, f"part-{number}.parquet", [("x.tar", number, 3, "ok", 2)])
     with monkeypatch.context() as patch:
         patch.setattr(ledger, "_delete", lambda *args: None)
-        ledger.compact(output, "r0002", superseded=False, lock=lock.ref)
+        ledger.compact(output, read_parts(output), "r0002", superseded=False, lock=lock.ref)
     assert len(naive(output, "detections")) == 12  # old and new parts, until the next start
     assert [part.num_images for part in read_parts(output)] == [3]  # our own reader knows already
     ledger.sweep(output)
@@ -179,7 +247,7 @@ def test_compaction_that_dies_before_deleting_is_finished_by_the_next_sweep(outp
 def test_rows_of_a_later_round_replace_older_ones(output, lock):
     publish(output, lock, "part-0.parquet", [("x.tar", 0, 2, "ok", 2), ("x.tar", 1, 2, "failed", 0)])
     publish(output, lock, "part-1.parquet", [("x.tar", 1, 2, "ok", 3)], round=1)
-    parts = ledger.compact(output, "r0002", superseded=True, lock=lock.ref)
+    parts = ledger.compact(output, read_parts(output), "r0002", superseded=True, lock=lock.ref)
     images = naive(output, "images")
     assert images.status.tolist() == ["ok", "ok"]
     assert len(naive(output, "detections")) == 5
@@ -191,7 +259,7 @@ def test_large_parts_are_left_alone_and_groups_stay_below_the_limit(output, lock
     publish(output, lock, "part-0.parquet", [("big.tar", i, 4, "ok", 0) for i in range(4)])
     for number in range(1, 8):
         publish(output, lock, f"part-{number}.parquet", [("x.tar", number, 9, "ok", 1)])
-    parts = ledger.compact(output, "r0002", superseded=False, lock=lock.ref)
+    parts = ledger.compact(output, read_parts(output), "r0002", superseded=False, lock=lock.ref)
     assert sorted(part.num_images for part in parts) == [3, 4, 4]
     assert "part-0.parquet" in {part.name for part in parts}
 

@@ -63,6 +63,14 @@ def test_the_old_owner_sees_that_it_was_taken_over(output):
             assert new.ref.is_held()
 
 
+def test_a_writer_of_a_run_that_many_others_followed_still_sees_it(output):
+    with Lock(output) as first:
+        pass
+    for _ in range(5):
+        Lock(output).release()
+    assert not first.ref.is_held()
+
+
 def test_of_many_contenders_exactly_one_wins(output):
     with Lock(output):
         rewrite(output, 1, host="elsewhere", heartbeat=0)
