@@ -12,7 +12,7 @@ import random
 import threading
 import time
 import uuid
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import IO, Any, TypeVar, cast
 
@@ -166,6 +166,30 @@ def read_bytes(uri: str, *, size: int | None = None) -> bytes:
         if size is not None and len(data) < size:
             raise TruncatedError(f"the body ended after {len(data)} of {size} bytes")
         return data
+
+    return _retry(f"reading {uri}", read)
+
+
+def read_ranges(uri: str, places: Sequence[tuple[int, int]]) -> list[bytes]:
+    """Pieces of a file, each given as (offset, size); stores are asked for all of them at once.
+
+    Raises:
+        StorageError: the file can't be read after the retries, or is shorter than that.
+    """
+    fs, path = split(uri)
+    starts = [offset for offset, _ in places]
+    ends = [offset + size for offset, size in places]
+
+    def read() -> list[bytes]:
+        if is_local(uri):
+            with open(path, "rb") as file:
+                pieces = [os.pread(file.fileno(), size, offset) for offset, size in places]
+        else:
+            pieces = cast("list[bytes]", fs.cat_ranges([path] * len(places), starts, ends, on_error="raise"))
+        for piece, (offset, size) in zip(pieces, places, strict=True):
+            if len(piece) < size:
+                raise TruncatedError(f"{size} bytes wanted at {offset:,}, only {len(piece)} are there")
+        return pieces
 
     return _retry(f"reading {uri}", read)
 

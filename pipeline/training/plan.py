@@ -1,0 +1,270 @@
+"""What a training run will do, decided and checked before anything starts: classes, weights, steps."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+import safetensors.torch
+import torch
+from safetensors import SafetensorError
+from torch import Tensor
+
+from pipeline.config import TrainConfig
+from pipeline.data.annotations import Classes, read_classes
+from pipeline.errors import ConfigError
+from pipeline.model.architectures import find_architecture
+from pipeline.model.checkpoint import DEFAULT_WEIGHTS, load_checkpoint, read_spec, read_weights
+from pipeline.model.initialise import initialise, load_vgg16, replace_classes
+from pipeline.model.spec import ModelSpec
+from pipeline.model.ssd import SSD, build_model
+from pipeline.training.optimise import Recipe, freeze, learning_rate, stages
+from pipeline.training.order import num_steps
+from pipeline.training.samples import SampleSettings
+
+# Without batch norm to adapt, the first blocks (up to stride 16) are better left alone, and their backward
+# pass is most of the cost.
+MOBILENET_FROZEN = 8
+# torchvision's IMAGENET1K_V1 was trained on images divided by this; the original VGG16 on none.
+_TORCHVISION_STD = (58.395, 57.12, 57.375)
+_UNCHANGING = ("output", "overwrite", "dry_run", "log_s")
+
+
+def shard_classes(config: TrainConfig) -> Classes:
+    """The classes of both shard sets.
+
+    Raises:
+        ConfigError: a set has no classes, or they differ.
+    """
+    classes, others = read_classes(config.train), read_classes(config.val)
+    if classes != others:
+        raise ConfigError(
+            f"--train has the classes {_named(classes)}, --val has {_named(others)}: "
+            "make both with the same --classes"
+        )
+    return classes
+
+
+def _named(classes: Classes) -> str:
+    shown = [f"{id_} {name}" for id_, name in zip(classes.ids, classes.names, strict=True)]
+    return ", ".join(shown[:5]) + (", ..." if len(shown) > 5 else "")
+
+
+def usable_rows(table: pa.Table, config: TrainConfig) -> pa.Table:
+    """The rows of the index to learn from.
+
+    Raises:
+        ConfigError: there are none, or none with objects.
+    """
+    counts = pc.list_value_length(table["labels"]).to_numpy()  # type: ignore[attr-defined]
+    if not counts.any():
+        raise ConfigError(f"--train {config.train}: none of its {len(table)} images has an object")
+    return table if config.empty_images else table.filter(pa.array(counts > 0))
+
+
+def objects_by_class(table: pa.Table, classes: Classes) -> dict[str, int]:
+    """Annotated objects of each class; crowd regions don't count."""
+    crowd = table["crowd"].combine_chunks().flatten().to_numpy(zero_copy_only=False).astype(bool)
+    labels = table["labels"].combine_chunks().flatten().to_numpy()[~crowd]
+    counts = np.bincount(labels, minlength=len(classes.names) + 1)[1:]
+    return dict(zip(classes.names, counts.tolist(), strict=True))
+
+
+# ---- the model ---------------------------------------------------------------------------------------
+
+
+def initial_model(config: TrainConfig, classes: Classes) -> SSD:
+    """The model before the first step: weights of `--init`, heads for the classes.
+
+    Raises:
+        ConfigError: `--init` is of another architecture, or there is no default for this one.
+        CheckpointError: no such weights.
+    """
+    find_architecture(config.architecture)
+    generator = torch.Generator().manual_seed(config.seed)
+    init = config.init
+    if init == "auto":
+        if read_spec(DEFAULT_WEIGHTS).architecture != config.architecture:
+            raise ConfigError(
+                f"--init: {config.architecture} has no bundled weights; give a checkpoint, torchvision:<name>, "
+                "a file of VGG16 layers, or none to begin with random weights"
+            )
+        init = DEFAULT_WEIGHTS
+    if init == "none":
+        model = _new_model(config, classes, generator)
+    elif (layers := _vgg16_layers(init)) is not None:
+        model = _new_model(config, classes, generator)
+        photographs = "classifier.0.weight" in layers and not layers["classifier.0.weight"].isnan().any()
+        std = _TORCHVISION_STD if photographs else (1.0, 1.0, 1.0)
+        load_vgg16(model, layers, generator=generator, std=std)
+    else:
+        model = load_checkpoint(init)
+        if model.spec.architecture != config.architecture:
+            raise ConfigError(
+                f"--init {init} is a {model.spec.architecture}, not a {config.architecture}: "
+                f"give --architecture {model.spec.architecture}"
+            )
+        model = replace_classes(model, class_names=classes.names, label_ids=classes.ids, generator=generator)
+    model.spec = replace(model.spec, provenance=f"shardshot training; begun with {init}")
+    freeze(model, num_frozen(config))
+    return model
+
+
+def num_frozen(config: TrainConfig) -> int:
+    """Stages of the backbone that are not trained."""
+    if config.freeze >= 0:
+        return config.freeze
+    is_default = config.architecture == "ssdlite300_mobilenet_v2" and config.init != "none"
+    return MOBILENET_FROZEN if is_default else 0
+
+
+def _new_model(config: TrainConfig, classes: Classes, generator: torch.Generator) -> SSD:
+    priors = config.priors if config.priors in find_architecture(config.architecture).priors else "coco"
+    model = build_model(config.architecture, num_classes=len(classes.names) + 1, priors=priors)
+    model.spec = replace(model.spec, class_names=classes.names, label_ids=classes.ids)
+    initialise(model, generator=generator)
+    return model
+
+
+def _vgg16_layers(init: str) -> Mapping[str, Tensor] | None:
+    """The tensors of a file of VGG16 layers; None where `init` is something else."""
+    if init.startswith("torchvision:") or not init.endswith((".safetensors", ".pth", ".pt")):
+        return None
+    data = read_weights(init)
+    try:
+        state = safetensors.torch.load(data)
+    except SafetensorError:
+        import io
+        import pickle
+
+        try:
+            state = torch.load(io.BytesIO(data), map_location="cpu", weights_only=True)
+        except (RuntimeError, pickle.UnpicklingError, EOFError, ValueError):
+            return None  # load_checkpoint says what it is
+    if not isinstance(state, dict) or not {"features.28.weight", "28.weight"} & state.keys():
+        return None
+    return state
+
+
+# ---- the run -----------------------------------------------------------------------------------------
+
+
+def make_recipe(config: TrainConfig, *, device: str) -> Recipe:
+    """How weights change, with `auto` resolved."""
+    precision = config.precision
+    if precision == "auto":
+        precision = "bfloat16" if device == "cuda" else "float32"
+    return Recipe(
+        optimizer=config.optimizer,
+        lr=config.lr,
+        weight_decay=config.weight_decay,
+        schedule=config.schedule,
+        milestones=config.milestones,
+        warmup=config.warmup,
+        ema_decay=config.ema,
+        clip_norm=config.clip,
+        negatives_without_positives=config.hard_negatives,
+        precision=precision,
+        micro_batches=config.accumulate,
+    )
+
+
+def sample_settings(config: TrainConfig, spec: ModelSpec) -> SampleSettings:
+    """How images become samples for this model."""
+    red, green, blue = (round(value) for value in spec.mean)
+    return SampleSettings(
+        height=spec.input_height,
+        width=spec.input_width,
+        resize_rule=spec.resize_rule,
+        fill=(red, green, blue),
+        augmentation=config.augmentation,
+        train_difficult=config.difficult,
+        seed=config.seed,
+    )
+
+
+def unchanging_flags(flags: Mapping[str, object]) -> dict[str, object]:
+    """The flags that a resumed run must share with the run that it goes on with."""
+    return {
+        name: list(value) if isinstance(value, tuple) else value
+        for name, value in flags.items()
+        if name not in _UNCHANGING
+    }
+
+
+@dataclass(frozen=True, kw_only=True)
+class Plan:
+    """What a run will do."""
+
+    config: TrainConfig
+    classes: Classes
+    spec: ModelSpec
+    num_parameters: int
+    num_trained: int
+    num_stages: int
+    num_images: int
+    num_empty: int
+    num_val_images: int
+    objects: dict[str, int]
+    val_objects: dict[str, int]
+
+    @property
+    def num_steps(self) -> int:
+        """Optimizer steps of all epochs."""
+        return num_steps(
+            epochs=self.config.epochs, num_samples=self.num_images, batch_size=self.config.batch_size
+        )
+
+    def text(self) -> str:
+        """The plan for a person."""
+        config, spec = self.config, self.spec
+        budget = f", at most {config.max_minutes:g} minutes" if config.max_minutes else ""
+        rates = ", ".join(
+            f"{p:.0%} {learning_rate(p, make_recipe(config, device='cpu')):.2g}" for p in _MARKS
+        )
+        width = max(len(name) for name in self.objects)
+        return "\n".join(
+            [
+                f"{config.architecture}, begun with {spec.provenance.rsplit(' ', 1)[-1]}: "
+                f"{self.num_parameters / 1e6:.1f} million weights, {self.num_trained / 1e6:.1f} million of "
+                f"them trained ({num_frozen(config)} of {self.num_stages} backbone stages frozen)",
+                f"{self.num_images:,} images to learn from ({self.num_empty:,} without objects), "
+                f"{self.num_val_images:,} to validate on; objects of {len(self.objects)} classes:",
+                *(
+                    f"  {id_:>4} {name:<{width}} {self.objects[name]:>9,} {self.val_objects[name]:>9,}"
+                    for id_, name in zip(self.classes.ids, self.classes.names, strict=True)
+                ),
+                f"{self.num_steps:,} steps of {config.batch_size} images = {config.epochs:,} epochs{budget}; "
+                f"{config.workers} workers, {config.validations} validations",
+                f"{config.optimizer}, learning rate by progress: {rates}",
+            ]
+        )
+
+
+_MARKS = (0.01, 0.03, 0.1, 0.25, 0.5, 0.75, 0.9, 1.0)
+
+
+def make_plan(config: TrainConfig, classes: Classes, model: SSD, *, train: pa.Table, val: pa.Table) -> Plan:
+    """Check the data against each other and put the plan together.
+
+    Raises:
+        ConfigError: nothing to learn or to measure, or an image is in both sets.
+    """
+    if not len(val) or not sum(objects_by_class(val, classes).values()):
+        raise ConfigError(f"--val {config.val}: none of its {len(val)} images has an object to measure")
+    counts = pc.list_value_length(train["labels"]).to_numpy()  # type: ignore[attr-defined]
+    parameters = list(model.parameters())
+    return Plan(
+        config=config,
+        classes=classes,
+        spec=model.spec,
+        num_parameters=sum(p.numel() for p in parameters),
+        num_trained=sum(p.numel() for p in parameters if p.requires_grad),
+        num_stages=len(stages(model)),
+        num_images=len(train),
+        num_empty=int((counts == 0).sum()),
+        num_val_images=len(val),
+        objects=objects_by_class(train, classes),
+        val_objects=objects_by_class(val, classes),
+    )

@@ -1,0 +1,619 @@
+"""Training on Ray: data tasks make the batches, Ray Train's workers take the steps.
+
+One lazy dataset serves the whole run, so no epoch ends with idle workers. Its rows are batches, in the order
+worker 0, worker 1, ... of step 0, then of step 1; a split that keeps the order deals them out one by one. Every
+batch says whose it is, and workers look.
+"""
+
+import json
+import os
+import tempfile
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import lru_cache, partial
+from pathlib import Path
+from typing import Any
+
+os.environ.setdefault("RAY_TRAIN_V2_ENABLED", "1")
+
+import pyarrow as pa
+import ray
+import ray.train
+import ray.train.torch
+import torch
+from ray.data import Dataset, ExecutionOptions, ExecutionResources
+
+from pipeline import runtime, storage
+from pipeline.config import TrainConfig, flags
+from pipeline.data.annotations import Classes
+from pipeline.data.shards import Shard
+from pipeline.errors import ConfigError, PipelineError
+from pipeline.inference.lock import Lock
+from pipeline.model.checkpoint import load_checkpoint, save_checkpoint
+from pipeline.model.ssd import SSD
+from pipeline.runlog import duration, logger
+from pipeline.training.index import (
+    index_shards,
+    load_index,
+    save_index,
+    shards_digest,
+    training_shards,
+)
+from pipeline.training.loop import Learner
+from pipeline.training.optimise import freeze
+from pipeline.training.order import picks
+from pipeline.training.plan import (
+    Plan,
+    initial_model,
+    make_plan,
+    make_recipe,
+    num_frozen,
+    sample_settings,
+    shard_classes,
+    unchanging_flags,
+    usable_rows,
+)
+from pipeline.training.samples import Batch, from_row, load_batch, to_row
+from pipeline.training.session import Outlets, Position, Schedule, run_steps
+from pipeline.training.validation import check_measurable, ground_truth, load_images, validate
+
+MODEL = "model.safetensors"
+CHECKPOINTS = "checkpoints"
+SHARDS_PER_TASK = 8
+IMAGES_PER_TASK = 256
+MAX_DATA_TASKS = 4_000  # planning takes about 1.5 ms for each
+MAX_FAILURES = 3
+
+# Logical CPUs: data tasks share the cores with a worker on the CPU, and must get one on a machine of one core.
+DATA_CPUS, WORKER_CPUS = 0.9, 0.1
+BATCHES_AHEAD = 6  # of each worker
+BLOCK_BYTES = 100_000  # less than any batch, so that each row becomes a block of its own
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """How a run ended."""
+
+    config: TrainConfig
+    position: Position
+    was_done: bool = False
+
+    def text(self) -> str:
+        """A few lines for a person."""
+        p = self.position
+        done = "This run is done already" if self.was_done else "Done"
+        return "\n".join(
+            [
+                f"{done}: {p.step:,} steps in {duration(p.elapsed_s)}; best AP {p.best_ap:.3f} on --val, after "
+                f"step {p.best_step:,}",
+                f"Weights: {storage.join(self.config.output, MODEL)}",
+                f"Next: python jobs/infer.py --weights {storage.join(self.config.output, MODEL)} --input ... "
+                "--output ...",
+            ]
+        )
+
+
+def train(config: TrainConfig) -> Outcome:
+    """Train as `config` says, or go on where an earlier run of the same flags has stopped.
+
+    Raises:
+        ConfigError: refused: see the message.
+        PipelineError: the training can't go on, such as after a loss that is not finite.
+    """
+    started = time.time()
+    if config.overwrite:
+        with Lock(config.output):
+            clear(config.output)
+    check_output(config)
+    if (finished := _read_json(_record(config, "result.json"))) is not None:
+        return Outcome(config, Position(**finished), was_done=True)
+    prepared = prepare(config)
+    logger.info("%s", prepared.plan.text())
+    with Lock(config.output):
+        record = {"flags": flags(config), "classes": dict(enumerate(prepared.plan.classes.names, start=1))}
+        storage.write_atomic(_record(config, "config.json"), json.dumps(record, indent=2).encode())
+        for name, (table, digest) in prepared.tables.items():
+            save_index(table, _record(config, f"index-{name}.parquet"), digest)
+        position = fit(prepared, started=started)
+        storage.write_atomic(
+            _record(config, "result.json"), json.dumps(position.to_dict(), indent=2).encode()
+        )
+    return Outcome(config, position)
+
+
+def dry_run(config: TrainConfig) -> str:
+    """The plan, after all checks; nothing is written."""
+    check_output(config)
+    return prepare(config).plan.text()
+
+
+# ---- output ------------------------------------------------------------------------------------------
+
+
+def check_output(config: TrainConfig) -> None:
+    """Refuse a folder with something else than a run of the same flags.
+
+    Raises:
+        ConfigError: foreign files, or another run; the difference is shown.
+    """
+    before = _read_json(_record(config, "config.json"))
+    if before is None:
+        if foreign := storage.list_names(config.output) - {"_run"}:
+            raise ConfigError(
+                f"--output {config.output} holds other files (such as {min(foreign)!r}); take an empty folder"
+            )
+        return
+    if "train" not in before.get("flags", {}):
+        raise ConfigError(f"--output {config.output} holds another job's output; take another folder")
+    old, new = unchanging_flags(before["flags"]), unchanging_flags(flags(config))
+    changed = [
+        f"--{name.replace('_', '-')} was {old.get(name)}, now {new.get(name)}"
+        for name in sorted({*old, *new})
+        if old.get(name) != new.get(name)
+    ]
+    if changed:
+        raise ConfigError(
+            f"--output {config.output} holds a run with other flags: {'; '.join(changed)}. "
+            "Give the same flags, another --output, or --overwrite"
+        )
+
+
+def clear(output: str) -> None:
+    """Delete what a training run has left. Raises: ConfigError where the files aren't ours."""
+    before = _read_json(storage.join(output, "_run", "config.json"))
+    if before is None and storage.list_names(output) - {"_run"}:
+        raise ConfigError(f"--overwrite: {output} holds files that no run wrote; delete them by hand")
+    if before is not None and "train" not in before.get("flags", {}):
+        raise ConfigError(f"--overwrite: {output} holds another job's output; delete it by hand")
+    for folder in (CHECKPOINTS, "tensorboard"):
+        storage.delete_folder(storage.join(output, folder))
+    run = storage.join(output, "_run")
+    names = [storage.join(run, n) for n in storage.list_names(run) if not n.startswith("lock-")]
+    storage.delete([*names, storage.join(output, MODEL)])
+
+
+def _record(config: TrainConfig, name: str) -> str:
+    return storage.join(config.output, "_run", name)
+
+
+def _read_json(uri: str) -> dict[str, Any] | None:
+    return json.loads(storage.read_bytes(uri)) if storage.exists(uri) else None
+
+
+# ---- before the first step ---------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """A checked run, ready to start."""
+
+    plan: Plan
+    model: SSD
+    device: str
+    tables: dict[str, tuple[pa.Table, str]]
+    """Index and digest of "train" and "val"."""
+
+
+def prepare(config: TrainConfig) -> Prepared:
+    """Read the index, make the model, check it all. Starts Ray."""
+    check_measurable()
+    classes = shard_classes(config)
+    shards = {
+        "train": training_shards(config.train, flag="--train"),
+        "val": training_shards(config.val, flag="--val"),
+    }
+    model = initial_model(config, classes)
+    runtime.start_ray()
+    device = choose_device(config)
+    tables = {}
+    for name, some in shards.items():
+        digest = shards_digest(some, classes)
+        kept = load_index(_record(config, f"index-{name}.parquet"), digest)
+        tables[name] = (read_index(some, classes) if kept is None else kept, digest)
+    train_rows = usable_rows(tables["train"][0], config)
+    plan = make_plan(config, classes, model, train=train_rows, val=tables["val"][0])
+    return Prepared(plan, model, device, tables)
+
+
+def choose_device(config: TrainConfig) -> str:
+    """Where workers train. Raises: ConfigError where the cluster has too few GPUs."""
+    gpus = int(runtime.cluster_resource("GPU"))
+    device = ("cuda" if gpus >= config.workers else "cpu") if config.device == "auto" else config.device
+    if device == "cuda" and gpus < config.workers:
+        raise ConfigError(
+            f"--device cuda: {config.workers} workers need as many GPUs; the cluster has {gpus}"
+        )
+    return device
+
+
+def read_index(shards: list[Shard], classes: Classes) -> pa.Table:
+    """The index of a shard set, read side by side on the cluster."""
+    task = ray.remote(num_cpus=DATA_CPUS, max_retries=MAX_FAILURES)(index_shards)
+    groups = [shards[start : start + SHARDS_PER_TASK] for start in range(0, len(shards), SHARDS_PER_TASK)]
+    try:
+        tables = ray.get([task.remote(group, classes) for group in groups])
+    except ray.exceptions.RayTaskError as error:
+        if ours := _our_error(error):
+            raise ours from None
+        raise
+    return pa.concat_tables(tables).unify_dictionaries()
+
+
+def read_validation_images(table: pa.Table, plan: Plan) -> list[Any]:
+    """References to the decoded validation images; decoded once, on any node."""
+    task = ray.remote(num_cpus=DATA_CPUS, max_retries=MAX_FAILURES)(load_images)
+    shared, spec = ray.put(table), plan.spec
+    size = max(1, min(IMAGES_PER_TASK, -(-len(table) // plan.config.workers)))
+    return [
+        task.remote(
+            shared,
+            range(start, min(start + size, len(table))),
+            height=spec.input_height,
+            width=spec.input_width,
+            rule=spec.resize_rule,
+        )
+        for start in range(0, len(table), size)
+    ]
+
+
+# ---- the run -----------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, kw_only=True)
+class Job:
+    """What a worker needs to know."""
+
+    config: TrainConfig
+    device: str
+    schedule: Schedule
+    weights: bytes
+    num_frozen: int
+    classes: Classes
+    val_index: Any
+    val_images: list[Any]
+    started: float
+    elapsed_before_s: float
+    board: Any
+
+
+def fit(prepared: Prepared, *, started: float) -> Position:
+    """Run Ray Train to the end of the schedule and return where it has ended."""
+    plan, config = prepared.plan, prepared.plan.config
+    runtime.configure_data(block_bytes=BLOCK_BYTES)
+    before = last_position(config.output)
+    if before.step:
+        logger.info("going on after step %d of %d", before.step, plan.num_steps)
+    rows = ray.put(usable_rows(prepared.tables["train"][0], config))
+    val = prepared.tables["val"][0]
+    with showing() as board:
+        job = Job(
+            config=config,
+            device=prepared.device,
+            schedule=Schedule(
+                num_steps=plan.num_steps,
+                steps_per_epoch=plan.num_images / config.batch_size,
+                num_validations=config.validations,
+                checkpoint_steps=config.checkpoint_steps,
+                budget_s=60 * config.max_minutes,
+                log_s=config.log_s,
+            ),
+            weights=_to_bytes(prepared.model),
+            num_frozen=num_frozen(config),
+            classes=plan.classes,
+            val_index=ray.put(val),
+            val_images=read_validation_images(val, plan),
+            started=started,
+            elapsed_before_s=before.elapsed_s,
+            board=board,
+        )
+        trainer = ray.train.torch.TorchTrainer(
+            work,
+            train_loop_config={"job": job},
+            torch_config=ray.train.torch.TorchConfig(backend="nccl" if job.device == "cuda" else "gloo"),
+            scaling_config=ray.train.ScalingConfig(
+                num_workers=config.workers,
+                use_gpu=job.device == "cuda",
+                resources_per_worker={"CPU": WORKER_CPUS} | ({"GPU": 1} if job.device == "cuda" else {}),
+            ),
+            run_config=run_config(config.output),
+            datasets={"train": partial(batches_of_run, rows, plan, config.output)},
+            dataset_config=data_config(plan),
+        )
+        try:
+            trainer.fit()
+        except ray.train.TrainingFailedError as error:
+            if failure := ray.get(board.failure.remote()) or _our_error(error):
+                raise failure from None
+            raise
+        if failure := ray.get(board.failure.remote()):
+            raise failure
+    return last_position(config.output)
+
+
+def run_config(output: str) -> ray.train.RunConfig:
+    """Where checkpoints go and how many failures are survived."""
+    filesystem, path = storage.arrow_filesystem(output)
+    return ray.train.RunConfig(
+        name=CHECKPOINTS,
+        storage_path=path,
+        storage_filesystem=filesystem,
+        failure_config=ray.train.FailureConfig(max_failures=MAX_FAILURES),
+        checkpoint_config=ray.train.CheckpointConfig(num_to_keep=2),
+    )
+
+
+def last_position(output: str) -> Position:
+    """Where the last checkpoint of a run is; the beginning where it has none."""
+    folder = storage.join(output, CHECKPOINTS)
+    if not storage.exists(storage.join(folder, "checkpoint_manager_snapshot.json")):
+        return Position()
+    filesystem, path = storage.arrow_filesystem(folder)
+    result = ray.train.Result.from_path(path, storage_filesystem=filesystem)
+    if result.checkpoint is None:
+        return Position()
+    with result.checkpoint.as_directory() as local:
+        return Position(**json.loads(Path(local, "position.json").read_text()))
+
+
+def _to_bytes(model: SSD) -> bytes:
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder, MODEL)
+        save_checkpoint(model, path)
+        return path.read_bytes()
+
+
+def _our_error(error: BaseException | None) -> PipelineError | None:
+    """The error of this package that a task or worker raised, out of Ray's wrappings."""
+    while error is not None:
+        if isinstance(error, PipelineError):
+            return error
+        error = getattr(error, "cause", None) or error.__cause__
+    return None
+
+
+# ---- batches -----------------------------------------------------------------------------------------
+
+
+def batches_of_run(rows: Any, plan: Plan, output: str) -> Dataset:
+    """The batches from the last checkpoint on, made as they are needed.
+
+    Ray Train calls this whenever it starts the workers, so after a failure the data go on where they do.
+    """
+    runtime.configure_data(block_bytes=BLOCK_BYTES)
+    config = plan.config
+    first = last_position(output).step
+    num_batches = (plan.num_steps - first) * config.workers
+    make = partial(
+        make_batch,
+        rows=rows,
+        first=first,
+        num_workers=config.workers,
+        batch_size=config.batch_size,
+        num_samples=plan.num_images,
+        settings=sample_settings(config, plan.spec),
+    )
+    return ray.data.range(num_batches, override_num_blocks=min(num_batches, MAX_DATA_TASKS)).map_batches(
+        make, batch_size=1, batch_format="pyarrow", num_cpus=DATA_CPUS
+    )
+
+
+def make_batch(
+    numbers: pa.Table,
+    *,
+    rows: Any,
+    first: int,
+    num_workers: int,
+    batch_size: int,
+    num_samples: int,
+    settings: Any,
+) -> pa.Table:
+    """A data task: the batch of a number of the sequence."""
+    began = time.perf_counter()
+    torch.set_num_threads(1)
+    step, rank = divmod(numbers["id"][0].as_py(), num_workers)
+    chosen = picks(
+        first + step,
+        rank=rank,
+        num_workers=num_workers,
+        batch_size=batch_size,
+        num_samples=num_samples,
+        seed=settings.seed,
+    )
+    batch = load_batch(chosen, _fetched(rows), settings)
+    return to_row(batch, step=first + step, rank=rank, load_s=time.perf_counter() - began)
+
+
+@lru_cache(maxsize=1)
+def _fetched(rows: Any) -> pa.Table:
+    return ray.get(rows)
+
+
+def data_config(plan: Plan) -> ray.train.DataConfig:
+    """Keep the order, and don't make batches far ahead: their tasks would take the cores from the steps."""
+    spec, config = plan.spec, plan.config
+    batch_bytes = config.batch_size // config.workers * spec.input_height * spec.input_width * 3
+    ahead = BATCHES_AHEAD * config.workers * batch_bytes
+    options = ExecutionOptions(
+        preserve_order=True, resource_limits=ExecutionResources(object_store_memory=ahead)
+    )
+    return ray.train.DataConfig(execution_options=options, enable_shard_locality=False)
+
+
+def own_batches(first: int, *, rank: int, height: int, width: int) -> Iterator[Batch]:
+    """This worker's batches from step `first` on.
+
+    Raises:
+        PipelineError: one is missing, or another worker's came.
+    """
+    shard = ray.train.get_dataset_shard("train")
+    step = first
+    for row in shard.iter_batches(batch_size=None, batch_format="pyarrow", prefetch_batches=2):
+        came = row["step"][0].as_py(), row["rank"][0].as_py()
+        if came != (step, rank):
+            raise PipelineError(
+                f"worker {rank} expected its batch of step {step}, but got that of worker {came[1]}, "
+                f"step {came[0]}; this is a bug"
+            )
+        yield from_row(row, height=height, width=width)
+        step += 1
+
+
+# ---- a worker ----------------------------------------------------------------------------------------
+
+
+def work(arguments: dict[str, Any]) -> None:
+    """What each of Ray Train's workers does."""
+    job: Job = arguments["job"]
+    if ray.get(job.board.failure.remote()):
+        return  # Ray Train tries again, but this error would come again
+    try:
+        _work(job)
+    except Exception as error:  # the top of this process
+        if ours := _our_error(error):
+            ray.get(job.board.fail.remote(ours))
+        raise
+
+
+def _work(job: Job) -> None:
+    context = ray.train.get_context()
+    rank, spec_of = context.get_world_rank(), job.config
+    if job.device == "cpu":
+        torch.set_num_threads(max(1, (os.cpu_count() or 1) // context.get_local_world_size()))
+    device = ray.train.torch.get_device() if job.device == "cuda" else torch.device("cpu")
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder, MODEL)
+        path.write_bytes(job.weights)
+        model = load_checkpoint(path)
+    freeze(model, job.num_frozen)
+    learner = Learner(model, make_recipe(spec_of, device=job.device), device=device)
+    position = _resume(learner)
+    writer = Charts(job.config.output) if rank == 0 else None
+    truth = ground_truth(ray.get(job.val_index), job.classes)
+    mine = job.val_images[rank :: job.config.workers]
+    outlets = Outlets(
+        validate=lambda model: validate(
+            model, (ray.get(ref) for ref in mine), truth, device=str(learner.device)
+        ),
+        save=partial(_save, output=job.config.output, writer=writer),
+        log=lambda text: job.board.line.remote(text) if rank == 0 else None,
+        chart=writer.add if writer else lambda numbers, step: None,
+    )
+    batches = own_batches(
+        position.step, rank=rank, height=model.spec.input_height, width=model.spec.input_width
+    )
+    run_steps(
+        learner,
+        batches,
+        schedule=job.schedule,
+        position=position,
+        outlets=outlets,
+        clock=lambda: job.elapsed_before_s + time.time() - job.started,
+    )
+
+
+def _resume(learner: Learner) -> Position:
+    """Bring the learner to the last checkpoint."""
+    checkpoint = ray.train.get_checkpoint()
+    if checkpoint is None:
+        return Position()
+    with checkpoint.as_directory() as folder:
+        state = torch.load(Path(folder, "learner.pt"), map_location="cpu", weights_only=True)
+        learner.load_state_dict(state)
+        return Position(**json.loads(Path(folder, "position.json").read_text()))
+
+
+def _save(
+    learner: Learner, position: Position, is_best: bool, *, output: str, writer: "Charts | None"
+) -> None:
+    """Report a checkpoint; the best model also goes where `infer` finds it."""
+    numbers = {"step": position.step, "AP": position.numbers.get("AP", -1.0)}
+    if writer is None:
+        ray.train.report(numbers)
+        return
+    if is_best:
+        save_checkpoint(learner.averaged, storage.join(output, MODEL))
+    with tempfile.TemporaryDirectory() as folder:
+        torch.save(learner.state_dict(), Path(folder, "learner.pt"))
+        save_checkpoint(learner.averaged, Path(folder, MODEL))
+        Path(folder, "position.json").write_text(json.dumps(position.to_dict()))
+        ray.train.report(numbers, checkpoint=ray.train.Checkpoint.from_directory(folder))
+    writer.publish()
+
+
+class Charts:
+    """Numbers over steps as TensorBoard reads them, in `<output>/tensorboard`."""
+
+    def __init__(self, output: str) -> None:
+        from tensorboardX import SummaryWriter  # comes with Ray Train
+
+        self._folder = tempfile.TemporaryDirectory()
+        self._writer = SummaryWriter(self._folder.name)
+        self._target = storage.join(output, "tensorboard")
+
+    def add(self, numbers: dict[str, float], step: int) -> None:
+        """Add a point to each curve."""
+        for name, value in numbers.items():
+            self._writer.add_scalar(name.replace(" ", "_"), value, step)
+
+    def publish(self) -> None:
+        """Copy what there is to the output."""
+        self._writer.flush()
+        for path in Path(self._folder.name).iterdir():
+            storage.write_atomic(storage.join(self._target, path.name), path.read_bytes())
+
+
+# ---- lines for the driver ----------------------------------------------------------------------------
+
+
+@ray.remote(num_cpus=0)
+class Board:
+    """Takes progress lines from the workers to the driver, and the error that ends a run."""
+
+    def __init__(self) -> None:
+        self._lines: list[str] = []
+        self._failure: PipelineError | None = None
+
+    def line(self, text: str) -> None:
+        """One line to print."""
+        self._lines.append(text)
+
+    def lines(self) -> list[str]:
+        """The lines since the last call."""
+        lines, self._lines = self._lines, []
+        return lines
+
+    def fail(self, error: PipelineError) -> None:
+        """What went wrong; the first one counts."""
+        self._failure = self._failure or error
+
+    def failure(self) -> PipelineError | None:
+        """What went wrong."""
+        return self._failure
+
+
+@contextmanager
+def showing() -> Iterator[Any]:
+    """A board whose lines are printed as they come."""
+    board: Any = Board.remote()
+    stop = threading.Event()
+
+    def show() -> None:
+        for line in ray.get(board.lines.remote()):
+            logger.info("%s", line)
+
+    def watch() -> None:
+        while not stop.wait(1.0):
+            show()
+
+    thread = threading.Thread(target=watch, name="lines", daemon=True)
+    thread.start()
+    try:
+        yield board
+    finally:
+        stop.set()
+        thread.join()
+        show()
+        ray.kill(board)

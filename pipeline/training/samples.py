@@ -1,0 +1,202 @@
+"""Images and boxes of one batch: fetch by byte range, decode, augment. What a data task does, without Ray.
+
+Shapes: N images of the batch, H W pixels of the network's input, G objects of an image.
+"""
+
+from collections import defaultdict
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Literal
+
+import numpy as np
+import pyarrow as pa
+
+from pipeline import storage
+from pipeline.data.annotations import Annotation
+from pipeline.data.augment import (
+    Sample,
+    augment,
+    crop,
+    distort,
+    flip,
+    resize,
+    sample_rng,
+    whole_image,
+)
+from pipeline.data.images import ResizeRule, decode_image, resize_image
+from pipeline.errors import ImageError
+from pipeline.training.index import annotation
+from pipeline.training.order import Pick
+
+Augmentation = Literal["ssd", "light", "none"]
+
+BATCH = pa.schema(
+    [
+        ("step", pa.int64()),
+        ("rank", pa.int64()),
+        ("pixels", pa.large_binary()),  # uint8 [N, H, W, 3]
+        ("boxes", pa.list_(pa.binary())),  # float32 [G, 4] of each image
+        ("labels", pa.list_(pa.binary())),  # int64 [G] of each image
+        ("image_ids", pa.list_(pa.string())),
+        ("failures", pa.list_(pa.string())),
+        ("load_s", pa.float64()),
+    ]
+)
+
+
+@dataclass(frozen=True, kw_only=True)
+class SampleSettings:
+    """How images become samples.
+
+    Attributes:
+        height: rows of the network's input.
+        width: columns of the network's input.
+        resize_rule: of images that are not augmented, as in inference.
+        fill: RGB around an image that `expand` makes smaller.
+        augmentation: "ssd" is that of the paper, "light" the same without expansion, "none" only resizes.
+        train_difficult: whether difficult objects are learnt.
+        seed: of the run.
+    """
+
+    height: int
+    width: int
+    resize_rule: ResizeRule
+    fill: tuple[int, int, int]
+    augmentation: Augmentation
+    train_difficult: bool
+    seed: int
+
+
+@dataclass(frozen=True)
+class Batch:
+    """What one worker learns from in one step.
+
+    Attributes:
+        images_NHW3: uint8 RGB.
+        boxes: float32 [G, 4] xyxy in pixels of the input, of each image.
+        labels: int64 [G] class numbers, of each image.
+        image_ids: of the images.
+        failures: images that can't be read or decoded, with the reason; another image is in their place.
+    """
+
+    images_NHW3: np.ndarray
+    boxes: list[np.ndarray]
+    labels: list[np.ndarray]
+    image_ids: list[str]
+    failures: tuple[str, ...] = ()
+
+    def split(self, parts: int) -> list["Batch"]:
+        """Micro-batches of nearly equal size, none of them empty."""
+        edges = np.linspace(0, len(self.image_ids), min(parts, len(self.image_ids)) + 1).astype(int)
+        return [self._slice(slice(start, end)) for start, end in zip(edges[:-1], edges[1:], strict=True)]
+
+    def _slice(self, part: slice) -> "Batch":
+        return replace(
+            self,
+            images_NHW3=self.images_NHW3[part],
+            boxes=self.boxes[part],
+            labels=self.labels[part],
+            image_ids=self.image_ids[part],
+        )
+
+
+def load_batch(picks: Sequence[Pick], index: pa.Table, settings: SampleSettings) -> Batch:
+    """Fetch, decode and augment the images of a batch.
+
+    An image that can't be decoded is named in `failures`, and the next good one of the batch stands in.
+
+    Raises:
+        ImageError: none of the batch can be decoded.
+        StorageError: a shard can't be read.
+    """
+    rows = index.take([pick.sample for pick in picks]).to_pylist()
+    samples: list[Sample | None] = []
+    failures = []
+    for pick, row, data in zip(picks, rows, fetch(rows), strict=True):
+        try:
+            rng = sample_rng(settings.seed, epoch=pick.epoch, image_id=row["image_id"])
+            samples.append(make_sample(data, annotation(row), settings, rng))
+        except ImageError as error:
+            failures.append(f"{row['image_id']}: {error}")
+            samples.append(None)
+    good = [i for i, sample in enumerate(samples) if sample is not None]
+    if not good:
+        raise ImageError(f"no image of a whole batch can be decoded: {'; '.join(failures[:3])}")
+    chosen = [i if samples[i] is not None else min(good, key=lambda g: (g < i, g)) for i in range(len(rows))]
+    found = [sample for i in chosen if (sample := samples[i]) is not None]
+    return Batch(
+        images_NHW3=np.stack([sample.pixels for sample in found]),
+        boxes=[sample.boxes for sample in found],
+        labels=[sample.labels for sample in found],
+        image_ids=[rows[i]["image_id"] for i in chosen],
+        failures=tuple(failures),
+    )
+
+
+def fetch(rows: Sequence[dict]) -> list[bytes]:
+    """The files of some rows of the index, by byte range, one request per shard and run."""
+    by_uri: defaultdict[str, list[int]] = defaultdict(list)
+    for i, row in enumerate(rows):
+        by_uri[row["uri"]].append(i)
+    data = [b""] * len(rows)
+    for uri, members in by_uri.items():
+        places = [(rows[i]["offset"], rows[i]["size"]) for i in members]
+        for i, piece in zip(members, storage.read_ranges(uri, places), strict=True):
+            data[i] = piece
+    return data
+
+
+def make_sample(data: bytes, found: Annotation, settings: SampleSettings, rng: np.random.Generator) -> Sample:
+    """Decode and augment one image; its pixels are uint8 [H, W, 3], boxes in pixels of them."""
+    pixels = decode_image(data).pixels
+    learnt = ~found.crowd & (settings.train_difficult | ~found.difficult)
+    scale = np.array([pixels.shape[1] / found.width, pixels.shape[0] / found.height] * 2, np.float32)
+    boxes = found.boxes[learnt] * scale
+    return with_area(_augment(whole_image(pixels, boxes, found.labels[learnt]), settings, rng))
+
+
+def with_area(sample: Sample) -> Sample:
+    """The sample without objects of which the crop has left less than a tenth of a pixel."""
+    sides = sample.boxes[:, 2:] - sample.boxes[:, :2]
+    kept = (sides > 0.1).all(axis=1)
+    return replace(sample, boxes=sample.boxes[kept], labels=sample.labels[kept])
+
+
+def _augment(sample: Sample, settings: SampleSettings, rng: np.random.Generator) -> Sample:
+    size = {"height": settings.height, "width": settings.width}
+    if settings.augmentation == "ssd":
+        return augment(sample, rng, **size, fill=settings.fill)
+    if settings.augmentation == "light":
+        sample = crop(distort(sample, rng), rng)
+        return flip(resize(sample, rng, **size, fill=settings.fill), rng)
+    pixels = resize_image(sample.pixels, **size, rule=settings.resize_rule)
+    shape = sample.pixels.shape
+    factors = np.array([settings.width / shape[1], settings.height / shape[0]] * 2, np.float32)
+    return whole_image(pixels, sample.boxes * factors, sample.labels)
+
+
+def to_row(batch: Batch, *, step: int, rank: int, load_s: float) -> pa.Table:
+    """A batch as one row, which no operator of Ray Data can split or merge with another's."""
+    row = {
+        "step": step,
+        "rank": rank,
+        "pixels": batch.images_NHW3.tobytes(),
+        "boxes": [boxes.astype(np.float32).tobytes() for boxes in batch.boxes],
+        "labels": [labels.astype(np.int64).tobytes() for labels in batch.labels],
+        "image_ids": batch.image_ids,
+        "failures": list(batch.failures),
+        "load_s": load_s,
+    }
+    return pa.Table.from_pylist([row], schema=BATCH)
+
+
+def from_row(row: pa.Table, *, height: int, width: int) -> Batch:
+    """The batch of `to_row`; its pixels are a view of the row."""
+    pixels = np.frombuffer(row["pixels"].chunk(0)[0].as_buffer(), np.uint8).reshape(-1, height, width, 3)
+    return Batch(
+        images_NHW3=pixels,
+        boxes=[np.frombuffer(boxes, np.float32).reshape(-1, 4) for boxes in row["boxes"][0].as_py()],
+        labels=[np.frombuffer(labels, np.int64) for labels in row["labels"][0].as_py()],
+        image_ids=row["image_ids"][0].as_py(),
+        failures=tuple(row["failures"][0].as_py()),
+    )
