@@ -1,10 +1,11 @@
-"""How fast images reach a detector: the pipeline with a null detector, a torch DataLoader, two plain processes.
+"""How fast images reach a detector: the pipeline with none, a torch DataLoader, two plain processes.
 
-    python benchmarks/feeding.py --images FOLDER [--shards 16] [--images-per-shard 250] [--pairs 5] [--json FILE]
+    python benchmarks/feeding.py --images FOLDER [--shards 16] [--images-per-shard 250] [--pairs 5]
 
-The JPEGs of FOLDER, made 640x480, are packed into tar shards (repeated until they are enough); each side reads,
-decodes and resizes all of them to 300x300 with the same code. Steady rates: from the first batch of a side to its last, so
-that nobody's start counts. The sides take turns; the table shows the median of the ratios.
+The JPEGs of FOLDER, made 640x480, are packed into tar shards (repeated until they are enough); each side
+reads, decodes and resizes all of them to 300x300 with the same code. Steady rates: from the first batch of a
+side to its last, so that nobody's start counts. The sides take turns; the table shows the median of the
+ratios. `--corrupt` compares the pipeline with itself where one image in a hundred is cut short.
 """
 
 import argparse
@@ -35,14 +36,18 @@ BATCH = 64
 SIZE = 300
 
 
-def make_shards(images: Path, folder: Path, *, num_shards: int, size: int) -> None:
-    """Tars of `size` JPEGs each."""
+def make_shards(
+    images: Path, folder: Path, *, num_shards: int, size: int, corrupt_every: int | None = None
+) -> None:
+    """Tars of `size` JPEGs each; one in `corrupt_every` lacks its second half."""
     files = itertools.cycle([_as_640x480(path) for path in sorted(images.glob("*.jpg"))])
     folder.mkdir(parents=True)
     for number in range(num_shards):
         with tarfile.open(folder / f"{number:04d}.tar", "w") as tar:
             for position in range(size):
                 data = next(files)
+                if corrupt_every and position % corrupt_every == 0:
+                    data = data[: len(data) // 2]
                 member = tarfile.TarInfo(f"{position:05d}.jpg")
                 member.size = len(data)
                 tar.addfile(member, io.BytesIO(data))
@@ -132,27 +137,33 @@ def main() -> None:
     parser.add_argument("--shards", type=int, default=16)
     parser.add_argument("--images-per-shard", type=int, default=250)
     parser.add_argument("--pairs", type=int, default=5)
+    parser.add_argument("--corrupt", action="store_true", help="the cost of 1 %% corrupt images")
     parser.add_argument("--json", type=Path)
     args = parser.parse_args()
     from pipeline import runtime
 
     os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
     runtime.start_ray(num_cpus=WORKERS)
-    rates: dict[str, list[float]] = {"pipeline": [], "DataLoader": [], "plain processes": []}
+    packing = {"num_shards": args.shards, "size": args.images_per_shard}
     with tempfile.TemporaryDirectory() as name:
-        source = f"{name}/shards"
-        make_shards(args.images, Path(source), num_shards=args.shards, size=args.images_per_shard)
+        source, corrupt = f"{name}/shards", f"{name}/corrupt"
+        make_shards(args.images, Path(source), **packing)
+        sides = {"plain processes": lambda n: plain_rate(source), "DataLoader": lambda n: loader_rate(source)}
+        if args.corrupt:
+            make_shards(args.images, Path(corrupt), **packing, corrupt_every=100)
+            sides = {"1 % corrupt": lambda n: pipeline_rate(corrupt, f"{name}/corrupt-{n}")}
+        sides["pipeline"] = lambda n: pipeline_rate(source, f"{name}/out-{n}")
+        rates: dict[str, list[float]] = {side: [] for side in sides}
         for number in range(args.pairs):
-            rates["plain processes"].append(plain_rate(source))
-            rates["DataLoader"].append(loader_rate(source))
-            rates["pipeline"].append(pipeline_rate(source, f"{name}/out-{number}"))
+            for side in list(sides) if number % 2 else reversed(sides):
+                rates[side].append(sides[side](number))
             print("   ".join(f"{side} {values[-1]:.0f}" for side, values in rates.items()), flush=True)
-    ours = rates["pipeline"]
-    for side in ("DataLoader", "plain processes"):
-        ratios = [a / b for a, b in zip(ours, rates[side], strict=True)]
-        print(f"pipeline / {side}: {statistics.median(ratios):.2f} (median of {len(ratios)})")
+    ours = rates.pop("pipeline")
+    for side, values in rates.items():
+        ratios = [a / b for a, b in zip(ours, values, strict=True)]
+        print(f"pipeline / {side}: {statistics.median(ratios):.3f} (median of {len(ratios)})")
     if args.json:
-        args.json.write_text(json.dumps(rates))
+        args.json.write_text(json.dumps({"pipeline": ours, **rates}))
 
 
 if __name__ == "__main__":

@@ -51,7 +51,8 @@ def configure_data(*, block_bytes: int) -> DataContext:
     context.enable_operator_progress_bars = False
     context.max_errored_blocks = 0  # a failed block is an error: it never vanishes
     context.print_on_execution_start = False
-    logging.getLogger("ray.data").setLevel(logging.ERROR)
-    # A few images need fewer detectors than there are: nothing to warn of.
-    warnings.filterwarnings("ignore", message="The minimum number of concurrent actors")
+    # What it logs as an error it raises, too, and a reader that dies is run again.
+    logging.getLogger("ray.data").setLevel(logging.CRITICAL)
+    # A few images need fewer detectors and writers than there may be: nothing to warn of.
+    warnings.filterwarnings("ignore", message="The m(in|ax)imum number of concurrent (actors|tasks)")
     return context

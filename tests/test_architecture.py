@@ -22,6 +22,7 @@ STRANGERS = {"data", "model", "results"}
 RAY = {
     "pipeline.runtime",
     "pipeline.evaluation.run",
+    "pipeline.inference.monitor",
     "pipeline.inference.run",
     "pipeline.inference.sink",
     "pipeline.training.run",

@@ -1,0 +1,122 @@
+"""Peak memory of a run: does it stay flat as the input grows, and what do hostile images cost?
+
+    python benchmarks/memory.py flat [--small 10000] [--large 1000000] [--json FILE]
+    python benchmarks/memory.py compare --plain FOLDER --other FOLDER [--json FILE]
+
+`flat` runs the null detector on tiny images, few and many; `compare` runs the bundled model on two folders.
+Memory is the proportional set size (shared pages count once), read ten times a second from every process of
+the run: the driver, the largest worker and all together.
+"""
+
+import argparse
+import io
+import json
+import os
+import subprocess
+import sys
+import tarfile
+import tempfile
+import threading
+from pathlib import Path
+
+import numpy as np
+import psutil
+from PIL import Image
+
+PER_SHARD = 1_000
+MIB = 2**20
+FLAT = """
+import sys
+from feeding import NullDetector
+from pipeline.config import InferConfig
+from pipeline.inference.run import infer
+infer(InferConfig(input=sys.argv[1], output=sys.argv[2]), detector=NullDetector)
+"""
+
+
+def make_tiny(folder: Path, count: int) -> None:
+    """Tars of 16x16 PNGs, all of the same content."""
+    file = io.BytesIO()
+    Image.fromarray(np.arange(768, dtype=np.uint8).reshape(16, 16, 3)).save(file, "PNG")
+    folder.mkdir()
+    for start in range(0, count, PER_SHARD):
+        with tarfile.open(folder / f"{start // PER_SHARD:05d}.tar", "w") as tar:
+            for number in range(min(PER_SHARD, count - start)):
+                member = tarfile.TarInfo(f"{number:04d}.png")
+                member.size = len(file.getvalue())
+                tar.addfile(member, io.BytesIO(file.getvalue()))
+
+
+def peaks(command: list[str]) -> dict[str, float]:
+    """Run `command`; the largest memory seen, MiB: of the driver, of one worker, of all together."""
+    here = Path(__file__).parent
+    path = f"{here}:{here.parent}"
+    driver = subprocess.Popen(command, env={**os.environ, "PYTHONPATH": path}, stdout=sys.stderr)
+    most = {"driver": 0.0, "worker": 0.0, "all": 0.0}
+    stop = threading.Event()
+    while not stop.wait(0.1) and driver.poll() is None:
+        seen = {process.pid: _pss(process) for process in _family(driver.pid)}
+        workers = [size for process, size in seen.items() if process != driver.pid]
+        for name, size in (
+            ("driver", seen.get(driver.pid, 0.0)),
+            ("worker", max(workers, default=0.0)),
+            ("all", sum(seen.values())),
+        ):
+            most[name] = max(most[name], size)
+    if driver.returncode:
+        raise SystemExit(f"the run ended with exit code {driver.returncode}")
+    return most
+
+
+def _family(pid: int) -> list[psutil.Process]:
+    try:
+        driver = psutil.Process(pid)
+        return [driver, *driver.children(recursive=True)]
+    except psutil.NoSuchProcess:
+        return []
+
+
+def _pss(process: psutil.Process) -> float:
+    try:
+        return process.memory_full_info().pss / MIB
+    except (psutil.NoSuchProcess, psutil.AccessDenied):
+        return 0.0
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("question", choices=["flat", "compare"])
+    parser.add_argument("--small", type=int, default=10_000)
+    parser.add_argument("--large", type=int, default=1_000_000)
+    parser.add_argument("--plain", type=Path)
+    parser.add_argument("--other", type=Path)
+    parser.add_argument("--json", type=Path)
+    args = parser.parse_args()
+    with tempfile.TemporaryDirectory() as name:
+        if args.question == "flat":
+            sides = {f"{count:,} images": Path(name) / f"in-{count}" for count in (args.small, args.large)}
+            for count, source in zip((args.small, args.large), sides.values(), strict=True):
+                make_tiny(source, count)
+            start = [sys.executable, "-c", FLAT]
+            flags = []
+        else:
+            sides = {"plain": args.plain, "other": args.other}
+            start = [sys.executable, str(Path(__file__).parents[1] / "jobs" / "infer.py")]
+            flags = ["--max-failed-fraction", "1"]
+        result = {}
+        for number, (side, source) in enumerate(sides.items()):
+            output = f"{name}/out-{number}"
+            places = [str(source), output] if not flags else ["--input", str(source), "--output", output]
+            result[side] = peaks([*start, *places, *flags])
+            print(side, {who: f"{size:,.0f} MiB" for who, size in result[side].items()}, flush=True)
+    first, second = result.values()
+    for who in first:
+        print(f"{who}: {second[who] - first[who]:+,.0f} MiB, ratio {second[who] / first[who]:.2f}")
+    if args.json:
+        args.json.write_text(json.dumps(result))
+
+
+if __name__ == "__main__":
+    main()

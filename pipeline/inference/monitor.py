@@ -1,0 +1,109 @@
+"""What a run knows while it goes: an actor that tasks report to, and the progress line."""
+
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import ray
+from ray.util.metrics import Counter as MetricCounter
+from ray.util.metrics import Gauge as MetricGauge
+
+from pipeline.config import InferConfig
+from pipeline.inference.plan import Plan
+from pipeline.runlog import Counts, Progress, logger
+
+PROGRESS_S = 5.0
+BUDGET_FROM = 1_000  # images before the error budget is looked at during the run
+
+
+@ray.remote(num_cpus=0)
+class Monitor:
+    """Keeps the weights, adds up what tasks report, tells the error budget, and publishes live metrics."""
+
+    def __init__(self, progress: Progress, max_failed_fraction: float, weights: bytes) -> None:
+        self._progress = progress
+        self._allowed = max_failed_fraction
+        self._weights = weights
+        self._unfinished: set[int] = set()
+        self._metrics = {
+            name: MetricCounter(f"shardshot_{name}_total", description=text)
+            for name, text in {
+                "images": "images with a row",
+                "failed": "failed images",
+                "detections": "boxes written",
+                "bytes": "bytes of encoded images",
+                "num_retries": "storage calls repeated",
+                "read_s": "seconds spent waiting for storage",
+                "decode_s": "seconds spent decoding and resizing",
+                "detect_s": "seconds spent in detectors",
+                "write_s": "seconds spent publishing parts",
+            }.items()
+        }
+        self._rate = MetricGauge("shardshot_images_per_second", description="steady speed of the run")
+
+    def add(self, counts: Counts) -> bool:
+        """Count one part; True when the error budget is spent."""
+        self._progress.add(counts)
+        for name, metric in self._metrics.items():
+            if value := getattr(counts, name):
+                metric.inc(value)
+        self._rate.set(self._progress.steady_rate)
+        return self._progress.counts.images >= BUDGET_FROM and self._progress.failed_fraction > self._allowed
+
+    def weights(self) -> bytes:
+        """The weights file, for detectors that start."""
+        return self._weights
+
+    def begin(self) -> None:
+        """A new pass: nothing is in flight."""
+        self._unfinished = set()
+
+    def reading(self, task: int) -> None:
+        """A reader began with its group of shards."""
+        self._unfinished.add(task)
+
+    def read(self, task: int) -> None:
+        """A reader came to the end of its group."""
+        self._unfinished.discard(task)
+
+    def unfinished(self) -> list[int]:
+        """Groups whose reader began and never came to the end."""
+        return sorted(self._unfinished)
+
+    def progress(self) -> Progress:
+        """Everything counted so far."""
+        return self._progress
+
+
+def progress_of(plan: Plan) -> Progress:
+    """The progress of a plan of which nothing is done yet."""
+    loose = sum(item.shard.kind == "image" for item in plan.work)
+    return Progress(
+        done_before=plan.num_finished_images,
+        done_of_packed=sum(len(item.skip) for item in plan.work),
+        num_loose=loose,
+        num_packed=len(plan.work) - loose,
+    )
+
+
+@contextmanager
+def monitoring(progress: Progress, config: InferConfig, weights: bytes) -> Iterator[Any]:
+    """A monitor, and a thread that prints its progress line every few seconds."""
+    monitor: Any = Monitor.remote(progress, config.max_failed_fraction, weights)
+    stop = threading.Event()
+
+    def report() -> None:
+        while not stop.wait(PROGRESS_S):
+            progress: Progress = ray.get(monitor.progress.remote())
+            if progress.counts.images:
+                logger.info(progress.line())
+
+    thread = threading.Thread(target=report, name="progress", daemon=True)
+    thread.start()
+    try:
+        yield monitor
+    finally:
+        stop.set()
+        thread.join()
+        ray.kill(monitor)
