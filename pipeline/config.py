@@ -157,7 +157,7 @@ class TrainConfig:
     """Flags of `jobs/train.py`."""
 
     train: str
-    """Folder of annotated shards to learn from, as jobs/make_shards.py writes them. Local or any fsspec URL."""
+    """Folder of annotated shards to learn from, made by jobs/make_shards.py. Local path or any fsspec URL."""
     val: str
     """Annotated shards of the same classes to choose the best weights by; never learnt from."""
     output: str
@@ -165,8 +165,8 @@ class TrainConfig:
     architecture: str = "ssdlite300_mobilenet_v2"
     """The network; a wrong name lists them all."""
     init: str = "auto"
-    """Weights to begin with: what jobs/infer.py --weights takes, a file of VGG16 layers (torchvision's names or
-    vgg16_reducedfc), or none for random ones. auto: the bundled COCO weights, for the network that has them."""
+    """Weights to begin with: what jobs/infer.py --weights takes, a file of VGG16 layers (torchvision's names
+    or vgg16_reducedfc), or none for random ones. auto: the bundled weights, for the network that has them."""
     priors: Literal["coco", "voc"] = "coco"
     """Default boxes, where --init doesn't bring them: coco has smaller ones than voc."""
     epochs: int = 100

@@ -9,6 +9,7 @@ import io
 import json
 import posixpath
 from collections.abc import Sequence
+from typing import IO
 
 import numpy as np
 import pyarrow as pa
@@ -90,9 +91,9 @@ def _index_shard(shard: Shard, classes: Classes) -> pa.Table:
     return pa.table(columns, schema=INDEX)
 
 
-def _opened(shard: Shard) -> io.BufferedIOBase:
+def _opened(shard: Shard) -> IO[bytes]:
     if storage.is_local(shard.uri):
-        return storage.open_input(shard.uri)  # type: ignore[return-value]
+        return storage.open_input(shard.uri)
     return io.BytesIO(storage.read_bytes(shard.uri, size=shard.num_bytes))
 
 

@@ -192,7 +192,7 @@ class Learner:
         return total
 
     def _explain(self, batch: Batch, sums: Tensor, norm: float) -> None:
-        """Raise with the images at fault, the same on every worker: the gradient is shared, so all are here."""
+        """Raise with the images at fault, on every worker at once: the gradient is the same on all."""
         finite = bool(sums.isfinite().all())
         mine: Sequence[str] = () if finite else batch.image_ids
         found: list[Any] = [mine]

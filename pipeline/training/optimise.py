@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from pipeline.errors import ConfigError
-from pipeline.model.backbones import MobileNetV2, MobileNetV3Large, ResNet50, VGG16
+from pipeline.model.backbones import VGG16, MobileNetV2, MobileNetV3Large, ResNet50
 from pipeline.model.ssd import SSD
 
 
@@ -93,19 +93,17 @@ class AveragedWeights:
     def __init__(self, model: SSD, *, decay: float) -> None:
         self.model = copy.deepcopy(model).eval().requires_grad_(False)
         self.decay = decay
-        self._averaged = [value for value in self.model.state_dict().values() if value.is_floating_point()]
-        self._others = [value for value in self.model.state_dict().values() if not value.is_floating_point()]
 
     @torch.no_grad()
     def update(self, model: SSD, *, step: int) -> None:
         """Take in the weights after step `step` (from 1)."""
         state = model.state_dict().values()
         weight = 1 - min(self.decay, (1 + step) / (10 + step))
-        torch._foreach_lerp_(self._averaged, [value for value in state if value.is_floating_point()], weight)
-        for mine, theirs in zip(
-            self._others, (value for value in state if not value.is_floating_point()), strict=True
-        ):
-            mine.copy_(theirs)
+        for mine, theirs in zip(self.model.state_dict().values(), state, strict=True):
+            if mine.is_floating_point():
+                mine.lerp_(theirs, weight)
+            else:
+                mine.copy_(theirs)
 
 
 # ---- freezing ----------------------------------------------------------------------------------------

@@ -1,8 +1,8 @@
 """Which images make which batch: a pure function of the seed, so that any process can work it out.
 
-The permutations of the epochs follow each other in one endless sequence, and global batch `step` is its slice
-[step * batch_size, (step + 1) * batch_size). So every image comes once in each epoch: none is dropped and none
-comes twice; a batch may hold the end of one epoch and the beginning of the next.
+The permutations of the epochs follow each other in one endless sequence, and global batch `step` is its
+slice [step * batch_size, (step + 1) * batch_size). So every image comes once in each epoch: none is dropped
+and none comes twice; a batch may hold the end of one epoch and the beginning of the next.
 """
 
 import math

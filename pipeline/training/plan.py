@@ -87,8 +87,8 @@ def initial_model(config: TrainConfig, classes: Classes) -> SSD:
     if init == "auto":
         if read_spec(DEFAULT_WEIGHTS).architecture != config.architecture:
             raise ConfigError(
-                f"--init: {config.architecture} has no bundled weights; give a checkpoint, torchvision:<name>, "
-                "a file of VGG16 layers, or none to begin with random weights"
+                f"--init: {config.architecture} has no bundled weights; give a checkpoint, "
+                "torchvision:<name>, a file of VGG16 layers, or none to begin with random weights"
             )
         init = DEFAULT_WEIGHTS
     if init == "none":

@@ -1,8 +1,8 @@
 """Training on Ray: data tasks make the batches, Ray Train's workers take the steps.
 
 One lazy dataset serves the whole run, so no epoch ends with idle workers. Its rows are batches, in the order
-worker 0, worker 1, ... of step 0, then of step 1; a split that keeps the order deals them out one by one. Every
-batch says whose it is, and workers look.
+worker 0, worker 1, ... of step 0, then of step 1; a split that keeps the order deals them out one by one.
+Every batch says whose it is, and workers look.
 """
 
 import json
@@ -21,6 +21,7 @@ os.environ.setdefault("RAY_TRAIN_V2_ENABLED", "1")
 
 import pyarrow as pa
 import ray
+import ray.exceptions
 import ray.train
 import ray.train.torch
 import torch
@@ -67,7 +68,7 @@ IMAGES_PER_TASK = 256
 MAX_DATA_TASKS = 4_000  # planning takes about 1.5 ms for each
 MAX_FAILURES = 3
 
-# Logical CPUs: data tasks share the cores with a worker on the CPU, and must get one on a machine of one core.
+# Logical CPUs: data tasks share the cores with workers on the CPU, and must get one on a one-core machine.
 DATA_CPUS, WORKER_CPUS = 0.9, 0.1
 BATCHES_AHEAD = 6  # of each worker
 BLOCK_BYTES = 100_000  # less than any batch, so that each row becomes a block of its own
@@ -87,8 +88,8 @@ class Outcome:
         done = "This run is done already" if self.was_done else "Done"
         return "\n".join(
             [
-                f"{done}: {p.step:,} steps in {duration(p.elapsed_s)}; best AP {p.best_ap:.3f} on --val, after "
-                f"step {p.best_step:,}",
+                f"{done}: {p.step:,} steps in {duration(p.elapsed_s)}; "
+                f"best AP {p.best_ap:.3f} on --val, after step {p.best_step:,}",
                 f"Weights: {storage.join(self.config.output, MODEL)}",
                 f"Next: python jobs/infer.py --weights {storage.join(self.config.output, MODEL)} --input ... "
                 "--output ...",
@@ -244,7 +245,8 @@ def read_index(shards: list[Shard], classes: Classes) -> pa.Table:
 
 def read_validation_images(table: pa.Table, plan: Plan) -> list[Any]:
     """References to the decoded validation images; decoded once, on any node."""
-    task = ray.remote(num_cpus=DATA_CPUS, max_retries=MAX_FAILURES)(load_images)
+    remote: Any = ray.remote(num_cpus=DATA_CPUS, max_retries=MAX_FAILURES)
+    task = remote(load_images)
     shared, spec = ray.put(table), plan.spec
     size = max(1, min(IMAGES_PER_TASK, -(-len(table) // plan.config.workers)))
     return [
@@ -295,6 +297,7 @@ def fit(prepared: Prepared, *, started: float) -> Position:
             schedule=Schedule(
                 num_steps=plan.num_steps,
                 steps_per_epoch=plan.num_images / config.batch_size,
+                num_val_images=plan.num_val_images,
                 num_validations=config.validations,
                 checkpoint_steps=config.checkpoint_steps,
                 budget_s=60 * config.max_minutes,
@@ -309,7 +312,7 @@ def fit(prepared: Prepared, *, started: float) -> Position:
             elapsed_before_s=before.elapsed_s,
             board=board,
         )
-        trainer = ray.train.torch.TorchTrainer(
+        trainer = Trainer(
             work,
             train_loop_config={"job": job},
             torch_config=ray.train.torch.TorchConfig(backend="nccl" if job.device == "cuda" else "gloo"),
@@ -325,12 +328,26 @@ def fit(prepared: Prepared, *, started: float) -> Position:
         try:
             trainer.fit()
         except ray.train.TrainingFailedError as error:
-            if failure := ray.get(board.failure.remote()) or _our_error(error):
+            if failure := _failure(board) or _our_error(error):
                 raise failure from None
             raise
-        if failure := ray.get(board.failure.remote()):
+        if failure := _failure(board):
             raise failure
     return last_position(config.output)
+
+
+class Trainer(ray.train.torch.TorchTrainer):
+    """Ray's trainer; on a cluster of this process's own without the actor that outlives a dead controller.
+
+    That actor (2.60) looks for the controller in the latest of all clusters on this machine, and where that
+    is another one, takes it for dead and removes the workers. Our own cluster ends with this process anyway.
+    """
+
+    def _create_default_callbacks(self) -> list[Any]:
+        callbacks = super()._create_default_callbacks()
+        if os.environ.get("RAY_ADDRESS"):
+            return callbacks
+        return [one for one in callbacks if type(one).__name__ != "PlacementGroupCleanerCallback"]
 
 
 def run_config(output: str) -> ray.train.RunConfig:
@@ -342,6 +359,7 @@ def run_config(output: str) -> ray.train.RunConfig:
         storage_filesystem=filesystem,
         failure_config=ray.train.FailureConfig(max_failures=MAX_FAILURES),
         checkpoint_config=ray.train.CheckpointConfig(num_to_keep=2),
+        logging_config=ray.train.LoggingConfig(log_level="ERROR"),
     )
 
 
@@ -448,7 +466,7 @@ def own_batches(first: int, *, rank: int, height: int, width: int) -> Iterator[B
     Raises:
         PipelineError: one is missing, or another worker's came.
     """
-    shard = ray.train.get_dataset_shard("train")
+    shard: Any = ray.train.get_dataset_shard("train")
     step = first
     for row in shard.iter_batches(batch_size=None, batch_format="pyarrow", prefetch_batches=2):
         came = row["step"][0].as_py(), row["rank"][0].as_py()
@@ -467,7 +485,7 @@ def own_batches(first: int, *, rank: int, height: int, width: int) -> Iterator[B
 def work(arguments: dict[str, Any]) -> None:
     """What each of Ray Train's workers does."""
     job: Job = arguments["job"]
-    if ray.get(job.board.failure.remote()):
+    if _failure(job.board):
         return  # Ray Train tries again, but this error would come again
     try:
         _work(job)
@@ -592,6 +610,10 @@ class Board:
     def failure(self) -> PipelineError | None:
         """What went wrong."""
         return self._failure
+
+
+def _failure(board: Any) -> PipelineError | None:
+    return ray.get(board.failure.remote())
 
 
 @contextmanager

@@ -6,6 +6,7 @@ Shapes: N images of the batch, H W pixels of the network's input, G objects of a
 from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from itertools import pairwise
 from typing import Literal
 
 import numpy as np
@@ -79,7 +80,7 @@ class Batch:
         failures: images that can't be read or decoded, with the reason; another image is in their place.
     """
 
-    images_NHW3: np.ndarray
+    images_NHW3: np.ndarray  # noqa: N815
     boxes: list[np.ndarray]
     labels: list[np.ndarray]
     image_ids: list[str]
@@ -88,7 +89,7 @@ class Batch:
     def split(self, parts: int) -> list["Batch"]:
         """Micro-batches of nearly equal size, none of them empty."""
         edges = np.linspace(0, len(self.image_ids), min(parts, len(self.image_ids)) + 1).astype(int)
-        return [self._slice(slice(start, end)) for start, end in zip(edges[:-1], edges[1:], strict=True)]
+        return [self._slice(slice(start, end)) for start, end in pairwise(edges)]
 
     def _slice(self, part: slice) -> "Batch":
         return replace(
@@ -191,10 +192,10 @@ def to_row(batch: Batch, *, step: int, rank: int, load_s: float) -> pa.Table:
 
 
 def from_row(row: pa.Table, *, height: int, width: int) -> Batch:
-    """The batch of `to_row`; its pixels are a view of the row."""
+    """The batch of `to_row`."""
     pixels = np.frombuffer(row["pixels"].chunk(0)[0].as_buffer(), np.uint8).reshape(-1, height, width, 3)
     return Batch(
-        images_NHW3=pixels,
+        images_NHW3=pixels.copy(),  # the object store's memory is read-only, which PyTorch warns of
         boxes=[np.frombuffer(boxes, np.float32).reshape(-1, 4) for boxes in row["boxes"][0].as_py()],
         labels=[np.frombuffer(labels, np.int64) for labels in row["labels"][0].as_py()],
         image_ids=row["image_ids"][0].as_py(),

@@ -18,8 +18,8 @@ from pipeline.training.samples import Batch
 
 VALIDATION_SHARE = 0.05  # of a budget; the validation at the end not counted
 EPOCH_CHECKPOINT_S = 60.0
-# What is left of a budget for the last validation and the end of the job, until one was measured.
-RESERVE_SHARE, RESERVE_S = 0.05, 6.0
+RESERVE_S = 8.0  # of a budget, for the end of the job besides the last validation
+FORWARD_SHARE = 0.5  # of the time of a training step: what a validation takes, until one was measured
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -29,6 +29,7 @@ class Schedule:
     Attributes:
         num_steps: of the whole run.
         steps_per_epoch: not a whole number in general.
+        num_val_images: in a validation.
         num_validations: evenly spread, the last one at the end.
         checkpoint_steps: checkpoints every so many steps; 0 for none besides the usual ones.
         budget_s: seconds of the whole job; 0 for no limit.
@@ -37,6 +38,7 @@ class Schedule:
 
     num_steps: int
     steps_per_epoch: float
+    num_val_images: int
     num_validations: int = 10
     checkpoint_steps: int = 0
     budget_s: float = 0.0
@@ -53,7 +55,9 @@ class Position:
     best_step: int = 0
     num_validations: int = 0
     validations_s: float = 0.0
-    last_validation_s: float = 0.0
+    validation_s: float = 0.0
+    """The last one, or what it is expected to take."""
+    validated_progress: float = 0.0
     numbers: dict[str, float] = field(default_factory=dict)
     """Of the last validation."""
     failures: list[str] = field(default_factory=list)
@@ -107,16 +111,21 @@ def run_steps(
     saved_s = clock()
     progress = 0.0
     while progress < 1:
-        progress, may_save = agree(_progress(schedule, position, clock()), clock() - saved_s, learner.device)
+        progress, unsaved_s = agree(_progress(schedule, position, clock()), clock() - saved_s, learner.device)
         waiting = time.perf_counter()
         batch = next(batches, None)
         waited_s = time.perf_counter() - waiting
         if batch is None:
             raise PipelineError(f"the batches end after step {position.step} of {schedule.num_steps}")
+        began = time.perf_counter()
         result = learner.step(batch, progress=progress)
         position.step += 1
+        num_images = len(batch.image_ids) * learner.world_size
+        if not position.num_validations:
+            per_image_s = (time.perf_counter() - began) / num_images
+            position.validation_s = FORWARD_SHARE * per_image_s * schedule.num_val_images
         _note_failures(batch, position, outlets)
-        interval.add(result, len(batch.image_ids) * learner.world_size, waited_s)
+        interval.add(result, num_images, waited_s)
         ends = progress >= 1
         validates = ends or _validation_is_due(schedule, position, progress, learner.device, clock())
         if ends or validates or clock() - interval.began_s >= schedule.log_s:
@@ -124,12 +133,7 @@ def run_steps(
             outlets.chart(interval.numbers(clock()), position.step)
             interval = Interval(clock())
         is_best = validates and _validate(learner, position, outlets, progress, clock)
-        epoch_ends = (
-            position.step // schedule.steps_per_epoch > (position.step - 1) // schedule.steps_per_epoch
-        )
-        every = schedule.checkpoint_steps
-        asked = bool(every) and position.step % every == 0
-        if validates or asked or (epoch_ends and may_save > EPOCH_CHECKPOINT_S):
+        if validates or _checkpoint_is_due(schedule, position.step, unsaved_s):
             position.elapsed_s = clock()
             outlets.save(learner, position, is_best)
             saved_s = clock()
@@ -150,24 +154,31 @@ def _progress(schedule: Schedule, position: Position, elapsed_s: float) -> float
     """Share of the run that is done after the next step: by steps or by the budget, whichever is further."""
     done = (position.step + 1) / schedule.num_steps
     if not schedule.budget_s:
-        return done
-    reserve_s = 1.3 * position.last_validation_s + RESERVE_S
-    if not position.num_validations:
-        reserve_s = RESERVE_SHARE * schedule.budget_s + RESERVE_S
-    return max(done, elapsed_s / max(schedule.budget_s - reserve_s, 1e-9))
+        return min(1.0, done)
+    reserve_s = 1.3 * position.validation_s + RESERVE_S
+    return min(1.0, max(done, elapsed_s / max(schedule.budget_s - reserve_s, 1e-9)))
 
 
 def _validation_is_due(
     schedule: Schedule, position: Position, progress: float, device: torch.device, elapsed_s: float
 ) -> bool:
     """Whether the next of the evenly spread validations is due and, with a budget, cheap enough."""
-    if progress < (position.num_validations + 1) / schedule.num_validations:
+    marks = (int(p * schedule.num_validations) for p in (progress, position.validated_progress))
+    if next(marks) <= next(marks):
         return False
     if not schedule.budget_s:
         return True
-    expected_s = position.validations_s + position.last_validation_s
+    expected_s = position.validations_s + position.validation_s
     affordable, _ = agree(float(expected_s <= VALIDATION_SHARE * elapsed_s), 0.0, device)
     return bool(affordable)
+
+
+def _checkpoint_is_due(schedule: Schedule, step: int, unsaved_s: float) -> bool:
+    """At the steps asked for, and at ends of epochs unless one was kept a moment ago."""
+    if schedule.checkpoint_steps and step % schedule.checkpoint_steps == 0:
+        return True
+    epoch, before = step // schedule.steps_per_epoch, (step - 1) // schedule.steps_per_epoch
+    return epoch > before and unsaved_s > EPOCH_CHECKPOINT_S
 
 
 def _validate(
@@ -176,17 +187,18 @@ def _validate(
     """Measure the averaged weights; whether they are the best so far (of equal ones the last)."""
     began_s = clock()
     position.numbers = outlets.validate(learner.averaged)
-    position.last_validation_s = clock() - began_s
-    position.validations_s += position.last_validation_s
+    position.validation_s = clock() - began_s
+    position.validations_s += position.validation_s
     position.num_validations += 1
+    position.validated_progress = progress
     ap = position.numbers["AP"]
     is_best = ap >= position.best_ap
     if is_best:
         position.best_ap, position.best_step = ap, position.step
     classes = "  ".join(f"{n[3:]} {v:.3f}" for n, v in position.numbers.items() if n.startswith("AP/"))
     outlets.log(
-        f"validation after {progress:.0%}: AP {ap:.3f}  AP50 {position.numbers['AP50']:.3f}  "
-        f"({classes[:200]})  in {position.last_validation_s:.1f} s{'  best so far' if is_best else ''}"
+        f"validation after step {position.step:,}: AP {ap:.3f}  AP50 {position.numbers['AP50']:.3f}  "
+        f"({classes[:200]})  in {position.validation_s:.1f} s{'  best so far' if is_best else ''}"
     )
     outlets.chart({f"val/{name}": value for name, value in position.numbers.items()}, position.step)
     return is_best
@@ -230,11 +242,15 @@ class Interval:
     def line(self, schedule: Schedule, position: Position, now_s: float) -> str:
         """One readable line."""
         n = self.numbers(now_s)
-        best = f"   best AP {position.best_ap:.3f}" if position.num_validations else ""
-        return (
-            f"step {position.step:,}/{schedule.num_steps:,}  epoch "
-            f"{position.step / schedule.steps_per_epoch:.1f}   loss {n['loss/boxes'] + n['loss/classes']:.3f} "
-            f"(boxes {n['loss/boxes']:.3f}, classes {n['loss/classes']:.3f})   "
-            f"lr {n['learning_rate']:.2g}   {n['images_per_second']:,.1f} images/s   "
-            f"{n['waiting_for_data']:.0%} waiting for data{best}"
-        )
+        boxes, classes = n["loss/boxes"], n["loss/classes"]
+        parts = [
+            f"step {position.step:,}/{schedule.num_steps:,}",
+            f"epoch {position.step / schedule.steps_per_epoch:.1f}",
+            f"loss {boxes + classes:.3f} (boxes {boxes:.3f}, classes {classes:.3f})",
+            f"lr {n['learning_rate']:.2g}",
+            f"{n['images_per_second']:,.1f} images/s",
+            f"{n['waiting_for_data']:.0%} waiting for data",
+        ]
+        if position.num_validations:
+            parts.append(f"best AP {position.best_ap:.3f}")
+        return "   ".join(parts)

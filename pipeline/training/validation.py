@@ -35,8 +35,8 @@ class ValidationImages:
     """
 
     numbers: np.ndarray
-    images_NHW3: np.ndarray
-    sizes_N2: np.ndarray
+    images_NHW3: np.ndarray  # noqa: N815
+    sizes_N2: np.ndarray  # noqa: N815
     failures: tuple[str, ...]
 
 
@@ -103,7 +103,7 @@ def detect(model: SSD, parts: Iterable[ValidationImages], *, device: str) -> Det
     for part in parts:
         for start in range(0, len(part.numbers), BATCH_SIZE):
             rows = slice(start, start + BATCH_SIZE)
-            some = detector(part.images_NHW3[rows], part.sizes_N2[rows])
+            some = detector(part.images_NHW3[rows].copy(), part.sizes_N2[rows].copy())  # not read-only
             corners = some.boxes.astype(np.float64)
             xywh = np.concatenate([corners[:, :2], corners[:, 2:] - corners[:, :2]], axis=1)
             index = part.numbers[rows][some.image_index].astype(np.int32)
