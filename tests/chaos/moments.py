@@ -49,8 +49,9 @@ def main() -> int:
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         make_input(folder / "in")
-        finish(Setting(str(folder / "in"), str(folder / "whole")))
-        whole = tables(str(folder / "whole"))
+        undisturbed = Setting(str(folder / "in"), str(folder / "whole"))
+        finish(undisturbed)
+        whole = tables(undisturbed)
         for seed in range(args.first, args.first + 3 * args.kills):
             start = time.monotonic()
             try:

@@ -1,145 +1,180 @@
 """Kill -9 at random moments, resume, compare: `python -m tests.chaos.rounds --rounds 50`.
 
-Each round starts a run, kills one process of it (driver, detector, reader, writer, monitor), lets it end or
-starts it again until it is done, and compares the tables with those of an undisturbed run. Prints a line a
-round and a summary; exit code 1 where anything differs.
+Each round starts a run, kills one process of it (driver, detector, reader, writer, monitor, the raylet of
+a second node, the S3 server), lets it end or starts it again until it is done, and compares the tables
+with those of an undisturbed run. Where it had to be started again, a naive reader looks for repeated boxes as
+soon as the new run has looked over what it found. Prints a line a round; exit code 1 where anything differs.
 """
 
 import argparse
 import contextlib
 import os
 import random
+import shutil
 import subprocess
 import sys
 import tempfile
 import time
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
+from unittest import mock
 
 import pandas as pd
 import psutil
+from s3fs import S3FileSystem
 
-from pipeline.inference.verify import verify
-from tests import fakes
-from tests.makers import make_jpeg, make_tar_shard
+from tests import fakes, servers
+from tests.chaos.clusters import Cluster, raylet, two_nodes
+from tests.chaos.real import check_close, make_photographs
+from tests.chaos.runs import (
+    FAKE,
+    REAL,
+    Run,
+    Setting,
+    check_same,
+    finish,
+    make_input,
+    running,
+    tables,
+    wait_until,
+)
 
-ROOT = Path(__file__).resolve().parents[2]
-TARGETS = ("driver", "detector", "reader", "writer", "monitor")
 TITLES = {
     "detector": "ray::MapWorker",
     "reader": "ray::ReadShards",
     "writer": "ray::Write",
     "monitor": "ray::Monitor",
 }
-LONGEST_RUN_S = 240
-ATTEMPTS = 6
+TARGETS = ("driver", *TITLES, "raylet", "s3")
+BUCKET = "bucket"
+OUTAGE_S = (0.5, 4.0)  # of the S3 server
+LATEST_S = 4.0  # from the start of the detectors to the kill
 
 
-def make_input(folder: Path, shards: int = 6, images: int = 150) -> None:
-    """Shards of small JPEGs, one damaged image in each."""
-    for number in range(shards):
-        members = {f"{i:03}.jpg": make_jpeg(96, 64, seed=1000 * number + i) for i in range(images)}
-        members["broken.jpg"] = members["000.jpg"][:200]
-        make_tar_shard(folder / f"s{number}.tar", members)
-
-
-def tables(output: str) -> dict[str, pd.DataFrame]:
-    """Both tables as pandas reads them, sorted by their keys."""
-    keys = {"images": ["image_id"], "detections": ["image_id", "detection_id"]}
-    frames = {name: pd.read_parquet(f"{output}/{name}") for name in keys}
-    return {
-        name: frame.astype({c: str for c in frame if frame[c].dtype == "category"})
-        .sort_values(keys[name])
-        .reset_index(drop=True)
-        for name, frame in frames.items()
-    }
-
-
-@contextlib.contextmanager
-def running(source: str, output: str, **environment: str) -> Iterator[subprocess.Popen]:
-    """A driver with a local Ray of its own; everything that it started is gone afterwards."""
-    with tempfile.TemporaryFile() as log:
-        driver = subprocess.Popen(
-            [sys.executable, "-m", "tests.chaos.driver", source, output],
-            cwd=ROOT,
-            env={**os.environ, **environment},
-            stdout=log,
-            stderr=subprocess.STDOUT,
-        )
-        family: set[psutil.Process] = set()
-        try:
-            yield driver
-        finally:
-            with contextlib.suppress(psutil.NoSuchProcess):
-                family |= set(psutil.Process(driver.pid).children(recursive=True))
-            driver.kill()
-            driver.wait()
-            for process in family:
-                with contextlib.suppress(psutil.NoSuchProcess):
-                    process.kill()
-            if driver.returncode not in (0, -9):
-                log.seek(0)
-                print(log.read().decode(errors="replace")[-3000:])
-
-
-def finish(source: str, output: str, **environment: str) -> int:
-    """Start the same command until it is done; returns how many starts that took."""
-    for attempt in range(1, ATTEMPTS + 1):
-        with running(source, output, **environment) as driver:
-            if driver.wait(LONGEST_RUN_S) == 0:
-                return attempt
-    raise AssertionError(f"not done after {ATTEMPTS} starts")
-
-
-def victims(driver: subprocess.Popen, target: str) -> list[psutil.Process]:
-    """The processes of the run that `target` names."""
-    if target == "driver":
-        return [psutil.Process(driver.pid)]
+def processes(roots: list[int], title: str) -> list[psutil.Process]:
+    """Ray's workers with this title, below the processes `roots`."""
     found = []
-    for process in psutil.Process(driver.pid).children(recursive=True):
+    for root in roots:
         with contextlib.suppress(psutil.NoSuchProcess):
-            if " ".join(process.cmdline()).startswith(TITLES[target]):
-                found.append(process)
+            for process in psutil.Process(root).children(recursive=True):
+                with contextlib.suppress(psutil.NoSuchProcess):
+                    if " ".join(process.cmdline()).startswith(title):
+                        found.append(process)
     return found
 
 
-def kill_one(driver: subprocess.Popen, target: str, rng: random.Random, deadline_s: float = 60) -> bool:
-    """Wait until the target is there, a random moment longer, and kill one of them."""
-    deadline = time.monotonic() + deadline_s
-    while time.monotonic() < deadline and driver.poll() is None:
-        if victims(driver, "detector"):
-            break
-        time.sleep(0.05)
-    time.sleep(rng.uniform(0, 4))
-    while time.monotonic() < deadline and driver.poll() is None:
-        with contextlib.suppress(psutil.NoSuchProcess):
-            if found := victims(driver, target):
-                rng.choice(found).kill()
-                return True
+def kill_at_random(run: Run, kill: Callable[[Run], bool], roots: list[int], later_s: float) -> bool:
+    """Wait until the detectors are there, a random time longer, and kill; False where the run was over."""
+    wait_until(lambda: processes(roots, TITLES["detector"]) or run.driver.poll() is not None)
+    time.sleep(later_s)
+    while run.driver.poll() is None:
+        if kill(run):
+            return True
         time.sleep(0.002)
     return False
 
 
-def one_round(number: int, source: str, whole: dict[str, pd.DataFrame], folder: Path, target: str) -> str:
-    """One kill and what came of it; raises AssertionError where a row was lost, repeated or changed."""
+def kill_worker(run: Run, target: str, rng: random.Random) -> bool:
+    """Kill one process of the run; False where there is none at the moment."""
+    if target == "driver":
+        run.driver.kill()
+        return True
+    with contextlib.suppress(psutil.NoSuchProcess):
+        if found := processes([run.driver.pid], TITLES[target]):
+            rng.choice(found).kill()
+            return True
+    return False
+
+
+class Store:
+    """An S3 server over a folder, to be killed and started again on its port."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self.port = servers.free_port()
+        self.environment = self._start()
+
+    def _start(self) -> dict[str, str]:
+        self._server = contextlib.ExitStack()
+        return self._server.enter_context(servers.rclone(self.folder, self.port))
+
+    def fail(self, seconds: float) -> bool:
+        """Kill -9, and a new start after so many seconds."""
+        self.close()
+        time.sleep(seconds)
+        self._start()
+        return True
+
+    def close(self) -> None:
+        """Kill -9."""
+        self._server.close()
+
+
+@contextlib.contextmanager
+def stage(
+    setting: Setting, target: str, rng: random.Random
+) -> Iterator[tuple[Setting, Callable[[Run], bool], list[int]]]:
+    """What a target needs around it: the setting, what kills it, and processes that hold Ray's workers."""
+    if target == "raylet":
+        with two_nodes(head_env=setting.environment, second_env=setting.environment) as cluster:
+            environment = {**setting.environment, **cluster.environment}
+            pids = [cluster.head.pid, cluster.second.pid]
+            yield replace(setting, environment=environment), lambda _: kill_raylet(cluster), pids
+    elif target == "s3":
+        bucket = Path(setting.output).parent / "s3" / BUCKET
+        shutil.copytree(setting.source, bucket / "in", dirs_exist_ok=True)
+        name = Path(setting.output).name
+        store = Store(bucket.parent)
+        remote = Setting(
+            source=f"s3://{BUCKET}/in",
+            output=f"s3://{BUCKET}/{name}",
+            folder=str(bucket / name),
+            command=setting.command,
+            environment={**setting.environment, **store.environment},
+        )
+        S3FileSystem.clear_instance_cache()
+        with contextlib.closing(store), mock.patch.dict(os.environ, store.environment):
+            yield remote, lambda _: store.fail(rng.uniform(*OUTAGE_S)), []
+    else:
+        yield setting, lambda run: kill_worker(run, target, rng), []
+
+
+def kill_raylet(cluster: Cluster) -> bool:
+    raylet(cluster.second).kill()
+    return True
+
+
+def one_round(
+    number: int,
+    source: str,
+    whole: dict[str, pd.DataFrame],
+    folder: Path,
+    target: str,
+    *,
+    real: bool = False,
+) -> str:
+    """One kill and what came of it.
+
+    Raises:
+        AssertionError: a row was lost, repeated or changed.
+    """
     rng = random.Random(number)
-    output = str(folder / f"round-{number}")
-    environment = {fakes.SLEEP: "0.3"}
-    with running(source, output, **environment) as driver:
-        killed = kill_one(driver, target, rng)
-        code = driver.wait(LONGEST_RUN_S)
-    starts = 1
-    if code != 0:
-        starts += finish(source, output, **environment)
-    after = tables(output)
-    for name, frame in whole.items():
-        pd.testing.assert_frame_equal(after[name], frame)
-    problems = verify(source, output).problems
-    assert problems == [], problems
-    return (
-        f"{'killed' if killed else 'was over before the kill'}, done after {starts} start{'s' * (starts > 1)}"
+    setting = Setting(
+        source,
+        str(folder / f"round-{number}"),
+        command=REAL if real else FAKE,
+        environment={} if real else {fakes.SLEEP: "0.3"},
     )
+    with stage(setting, target, rng) as (setting, kill, pids):
+        with running(setting) as run:
+            killed = kill_at_random(run, kill, [run.driver.pid, *pids], rng.uniform(0, LATEST_S))
+            code = run.wait()
+        starts = 1 if code == 0 else 1 + finish(setting)
+        (check_close if real else check_same)(setting, whole)
+    said = "killed" if killed else "was over before the kill"
+    return f"{said}, done after {starts} start{'s' * (starts > 1)}"
 
 
 def main() -> int:
@@ -149,20 +184,22 @@ def main() -> int:
     parser.add_argument("--rounds", type=int, default=50)
     parser.add_argument("--first", type=int, default=0, help="number of the first round: its seed")
     parser.add_argument("--target", choices=TARGETS, help="kill only these")
+    parser.add_argument("--real", action="store_true", help="with the bundled model and photographs")
     args = parser.parse_args()
     bad = Counter[str]()
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         source = str(folder / "in")
-        make_input(folder / "in")
-        finish(source, str(folder / "whole"))
-        whole = tables(str(folder / "whole"))
+        (make_photographs if args.real else make_input)(folder / "in")
+        undisturbed = Setting(source, str(folder / "whole"), command=REAL if args.real else FAKE)
+        finish(undisturbed)
+        whole = tables(undisturbed)
         for number in range(args.first, args.first + args.rounds):
             target = args.target or TARGETS[number % len(TARGETS)]
             start = time.monotonic()
             try:
-                said = one_round(number, source, whole, folder, target)
-            except AssertionError as error:
+                said = one_round(number, source, whole, folder, target, real=args.real)
+            except (AssertionError, TimeoutError, subprocess.TimeoutExpired) as error:
                 bad[target] += 1
                 said = f"WRONG: {error}"
             print(f"round {number:3}  {target:<9} {time.monotonic() - start:5.0f} s  {said}", flush=True)

@@ -1,22 +1,37 @@
-"""Real kills at random moments; the long version is `python -m tests.chaos.rounds --rounds 50`."""
+"""Real kills; the long versions are `python -m tests.chaos.rounds`, `.moments` and `.held`."""
 
 import pytest
 
-from tests.chaos import rounds
+from tests.chaos import held, moments, rounds
+from tests.chaos.runs import Setting, finish, make_input, tables
+
+pytestmark = [pytest.mark.ray, pytest.mark.slow]
 
 
 @pytest.fixture(scope="module")
 def undisturbed(tmp_path_factory):
     """The input and the tables of a run that nobody disturbed."""
     folder = tmp_path_factory.mktemp("chaos")
-    rounds.make_input(folder / "in", shards=4, images=100)
-    rounds.finish(str(folder / "in"), str(folder / "whole"))
-    return folder, rounds.tables(str(folder / "whole"))
+    make_input(folder / "in", shards=4, images=100)
+    setting = Setting(str(folder / "in"), str(folder / "whole"))
+    finish(setting)
+    return setting.source, folder, tables(setting)
 
 
-@pytest.mark.ray
-@pytest.mark.slow
-@pytest.mark.parametrize("target", ["driver", "detector", "reader", "writer"])
+@pytest.mark.parametrize("target", ["driver", "raylet", "s3"])
 def test_a_kill_and_a_resume_lose_and_repeat_nothing(undisturbed, target):
-    folder, whole = undisturbed
-    rounds.one_round(rounds.TARGETS.index(target), str(folder / "in"), whole, folder, target)
+    source, folder, whole = undisturbed
+    rounds.one_round(rounds.TARGETS.index(target), source, whole, folder, target)
+
+
+def test_kills_at_every_moment_of_readers_detectors_and_writers_lose_and_repeat_nothing(undisturbed):
+    source, folder, whole = undisturbed
+    kills = moments.deadly_run(source, folder, 0, whole)
+    assert kills.keys() >= {"reader", "detector"}
+    assert kills.total() - kills["reader"] - kills["detector"] >= 4  # writers
+
+
+@pytest.mark.parametrize("where", ["images", "taken"])
+def test_a_write_that_outlives_its_head_repeats_and_loses_nothing(undisturbed, where):
+    source, folder, whole = undisturbed
+    held.held_write(source, folder, whole, where, 8)
