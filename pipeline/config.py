@@ -202,7 +202,7 @@ class TrainConfig:
     """Longest gradient; 0: no limit."""
     freeze: int = -1
     """Stages of the backbone, from the image on, that stay as they are: VGG16 has 15, MobileNetV2 19,
-    MobileNetV3 17, ResNet-50 4. -1: 8 of MobileNetV2, else none."""
+    MobileNetV3 18, ResNet-50 4. -1: 8 of MobileNetV2, else none."""
     augmentation: Literal["ssd", "light", "none"] = "ssd"
     """ssd: distort, expand, crop and flip as in the paper; light: without expand; none: resize only."""
     difficult: bool = True

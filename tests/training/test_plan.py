@@ -1,0 +1,187 @@
+"""What a run will do, and what is refused before it."""
+
+import dataclasses
+import json
+
+import numpy as np
+import pytest
+import safetensors.torch
+import torch
+
+from pipeline.config import TrainConfig
+from pipeline.data.annotations import read_classes
+from pipeline.errors import CheckpointError, ConfigError
+from pipeline.model.checkpoint import load_checkpoint, save_checkpoint
+from pipeline.model.ssd import build_model
+from pipeline.training.plan import (
+    initial_model,
+    make_plan,
+    make_recipe,
+    num_frozen,
+    sample_settings,
+    shard_classes,
+    usable_rows,
+)
+from tests.training.makers import make_set, read_set, save_small_model
+
+
+def config(tmp_path, **changes):
+    given = {"train": str(tmp_path / "train"), "val": str(tmp_path / "val"), "output": str(tmp_path / "out")}
+    return TrainConfig(**(given | changes))
+
+
+@pytest.fixture
+def sets(tmp_path):
+    make_set(tmp_path / "train", 6, empty=2)
+    make_set(tmp_path / "val", 3, seed=1)
+    return tmp_path
+
+
+def test_bundled_weights_get_new_classes_and_keep_their_boxes(sets):
+    classes = read_classes(str(sets / "train"))
+    model = initial_model(config(sets), classes)
+    bundled = load_checkpoint("coco_ssdlite300_mobilenet_v2")
+    assert model.spec.class_names == ("disc", "square")
+    assert model.spec.label_ids == (10, 20)
+    for name in ("backbone.stem.conv.weight", "heads.0.boxes.project.weight"):
+        assert torch.equal(model.state_dict()[name], bundled.state_dict()[name])
+    assert not model.backbone.stem.conv.weight.requires_grad
+
+
+def test_the_map_of_labels_goes_into_the_checkpoint(sets, tmp_path):
+    classes = read_classes(str(sets / "train"))
+    save_checkpoint(initial_model(config(sets), classes), tmp_path / "model.safetensors")
+    spec = load_checkpoint(tmp_path / "model.safetensors").spec
+    assert dict(zip(spec.label_ids, spec.class_names, strict=True)) == {10: "disc", 20: "square"}
+    assert "coco_ssdlite300_mobilenet_v2" in spec.provenance
+
+
+def test_vgg16_layers_fill_the_trunk(sets, tmp_path):
+    classes = read_classes(str(sets / "train"))
+    donor = build_model("ssd300_vgg16", num_classes=2).backbone.layers
+    numbers = (0, 2, 5, 7, 10, 12, 14, 17, 19, 21, 24, 26, 28)
+    convs = [m for m in donor.children() if isinstance(m, torch.nn.Conv2d)][:13]
+    state = {
+        f"features.{n}.{part}": getattr(conv, part).detach().clone()
+        for n, conv in zip(numbers, convs, strict=True)
+        for part in ("weight", "bias")
+    }
+    path = tmp_path / "vgg16.safetensors"
+    safetensors.torch.save_file(state, path)
+    wanted = config(sets, architecture="ssd300_vgg16", init=str(path), priors="voc")
+    model = initial_model(wanted, classes)
+    torch.testing.assert_close(model.backbone.layers.conv5_3.weight, convs[-1].weight)
+    assert model.spec.class_names == ("disc", "square")
+    assert model.spec.priors.name == build_model("ssd300_vgg16", num_classes=2, priors="voc").spec.priors.name
+    assert num_frozen(wanted) == 0
+
+
+def test_real_vgg16_layers_fill_the_trunk(sets, shared_data):
+    path = shared_data("models/vgg16_imagenet_conv.safetensors")
+    wanted = config(sets, architecture="ssd300_vgg16", init=str(path))
+    model = initial_model(wanted, read_classes(str(sets / "train")))
+    state = safetensors.torch.load_file(path)
+    torch.testing.assert_close(model.backbone.layers.conv1_1.weight, state["features.0.weight"].float())
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        ({"architecture": "ssd300_vgg16"}, "no bundled weights"),
+        ({"architecture": "ssd300"}, "no architecture 'ssd300'; there are"),
+        (
+            {"architecture": "ssd300_vgg16", "init": "coco_ssdlite300_mobilenet_v2"},
+            "is a ssdlite300_mobilenet_v2, not a ssd300_vgg16",
+        ),
+        ({"freeze": 20}, "has 19 stages"),
+    ],
+)
+def test_weights_that_do_not_fit_are_refused(sets, flags, message):
+    with pytest.raises(ConfigError, match=message):
+        initial_model(config(sets, **flags), read_classes(str(sets / "train")))
+
+
+def test_missing_weights_are_refused(sets):
+    with pytest.raises(CheckpointError, match=r"no weights .*nowhere.safetensors"):
+        initial_model(config(sets, init="nowhere.safetensors"), read_classes(str(sets / "train")))
+
+
+def test_classes_of_both_sets_must_agree(sets):
+    classes = [{"id": 1, "name": "disc"}, {"id": 2, "name": "star"}]
+    (sets / "val" / "classes.json").write_text(json.dumps({"classes": classes}))
+    with pytest.raises(ConfigError, match=r"--train has the classes 10 disc.*--val has 1 disc, 2 star"):
+        shard_classes(config(sets))
+
+
+def test_folders_that_are_no_annotated_shards_are_refused(sets):
+    (sets / "val" / "classes.json").unlink()
+    with pytest.raises(ConfigError, match=r"classes.json is missing: make annotated shards"):
+        shard_classes(config(sets))
+
+
+def test_images_without_objects_are_left_out_by_flag(sets):
+    table, _ = read_set(sets / "train")
+    assert len(usable_rows(table, config(sets))) == 6
+    assert len(usable_rows(table, config(sets, empty_images=False))) == 4
+
+
+def test_sets_without_any_object_are_refused(tmp_path):
+    make_set(tmp_path / "train", 2, empty=2)
+    make_set(tmp_path / "val", 1, empty=1)
+    table, classes = read_set(tmp_path / "train")
+    with pytest.raises(ConfigError, match="none of its 2 images has an object"):
+        usable_rows(table, config(tmp_path))
+    full, _ = read_set(make_set(tmp_path / "full", 1))
+    model = initial_model(config(tmp_path), classes)
+    empty, _ = read_set(tmp_path / "val")
+    with pytest.raises(ConfigError, match=r"--val .*has an object to measure"):
+        make_plan(config(tmp_path), classes, model, train=full, val=empty)
+
+
+def test_the_plan_tells_images_boxes_steps_and_rates(sets):
+    wanted = config(sets, epochs=10, batch_size=4, max_minutes=5)
+    train, classes = read_set(sets / "train")
+    val, _ = read_set(sets / "val")
+    plan = make_plan(wanted, classes, initial_model(wanted, classes), train=train, val=val)
+    text = plan.text()
+    counts = np.bincount([label for row in train["labels"].to_pylist() for label in row], minlength=3)[1:]
+    assert plan.objects == dict(zip(("disc", "square"), counts.tolist(), strict=True))
+    for part in ("6 images to learn from (2 without", "15 steps of 4 images = 10 epochs, at most 5 minutes"):
+        assert part in text
+    assert "3% 0.0005" in text
+    assert "8 of 19 backbone stages frozen" in text
+
+
+def test_a_checkpoint_brings_its_own_input_size(sets, tmp_path):
+    init = save_small_model(tmp_path / "small.safetensors")
+    wanted = config(sets, init=str(init))
+    model = initial_model(wanted, read_classes(str(sets / "train")))
+    made = sample_settings(wanted, model.spec)
+    assert (made.height, made.width, made.fill) == (128, 128, (128, 128, 128))
+
+
+def test_precision_follows_the_device_unless_it_is_given(sets):
+    assert make_recipe(config(sets), device="cuda").precision == "bfloat16"
+    assert make_recipe(config(sets), device="cpu").precision == "float32"
+    assert make_recipe(config(sets, precision="float32"), device="cuda").precision == "float32"
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        ({"batch_size": 9, "workers": 2}, "--batch-size 9 can't be divided among --workers 2"),
+        ({"epochs": 0}, "--epochs 0 is out of range"),
+        ({"lr": 0.0}, "--lr 0.0"),
+        ({"milestones": (0.5, 1.5)}, "--milestones"),
+        ({"max_minutes": -1.0}, "--max-minutes -1.0"),
+        ({"val": "same", "train": "same/"}, "--train and --val are the same"),
+    ],
+)
+def test_flags_out_of_range_are_refused(tmp_path, flags, message):
+    with pytest.raises(ConfigError, match=message):
+        config(tmp_path, **flags)
+
+
+def test_flags_are_frozen(tmp_path):
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        config(tmp_path).lr = 1.0

@@ -1,0 +1,113 @@
+"""Batches out of shards."""
+
+import dataclasses
+
+import numpy as np
+import pyarrow as pa
+import pytest
+
+from pipeline.errors import ImageError
+from pipeline.training.order import Pick
+from pipeline.training.samples import from_row, load_batch, make_sample, to_row
+from tests.makers import encode
+from tests.training.makers import SIDE, make_picture, make_set, read_set, settings
+
+
+def picked(*samples, epoch=0):
+    return [Pick(epoch, sample) for sample in samples]
+
+
+def damaged(index, row):
+    """The index, with a place in the tar where no image is."""
+    offsets = index["offset"].to_pylist()
+    offsets[row] += 100
+    return index.set_column(index.schema.get_field_index("offset"), "offset", pa.array(offsets))
+
+
+def test_a_batch_holds_the_picked_images_in_their_order(tmp_path):
+    index, _ = read_set(make_set(tmp_path, 5, num_shards=2))
+    batch = load_batch(picked(3, 0, 3), index, settings())
+    assert batch.image_ids == [index["image_id"][i].as_py() for i in (3, 0, 3)]
+    assert batch.images_NHW3.shape == (3, SIDE, SIDE, 3)
+    assert np.array_equal(batch.images_NHW3[0], batch.images_NHW3[2])
+
+
+def test_boxes_follow_the_resize(tmp_path):
+    index, _ = read_set(make_set(tmp_path, 2))
+    batch = load_batch(picked(1), index, settings())
+    wanted = np.array(index["boxes"][1].as_py()).reshape(-1, 4) * [SIDE / 160, 1, SIDE / 160, 1]
+    np.testing.assert_allclose(batch.boxes[0], wanted, rtol=1e-6)
+
+
+@pytest.mark.parametrize("augmentation", ["ssd", "light"])
+def test_augmentation_depends_on_seed_and_epoch_alone(tmp_path, augmentation):
+    index, _ = read_set(make_set(tmp_path, 3))
+    first = load_batch(picked(0, 1), index, settings(augmentation))
+    again = load_batch(picked(2, 1), index, settings(augmentation))
+    assert np.array_equal(first.images_NHW3[1], again.images_NHW3[1])
+    assert np.array_equal(first.boxes[1], again.boxes[1])
+    later = load_batch(picked(0, 1, epoch=1), index, settings(augmentation))
+    reseeded = load_batch(picked(0, 1), index, settings(augmentation, seed=1))
+    for other in (later, reseeded):
+        assert not np.array_equal(first.images_NHW3, other.images_NHW3)
+
+
+def test_a_damaged_image_is_named_and_another_stands_in(tmp_path):
+    index, _ = read_set(make_set(tmp_path, 4))
+    batch = load_batch(picked(0, 1, 2), damaged(index, 1), settings())
+    ids = index["image_id"].to_pylist()
+    assert batch.image_ids == [ids[0], ids[2], ids[2]]
+    assert len(batch.failures) == 1
+    assert batch.failures[0].startswith(ids[1])
+
+
+def test_a_batch_without_any_good_image_is_an_error(tmp_path):
+    index, _ = read_set(make_set(tmp_path, 2))
+    with pytest.raises(ImageError, match="no image of a whole batch"):
+        load_batch(picked(1, 1), damaged(index, 1), settings())
+
+
+def test_crowd_regions_are_never_learnt_and_difficult_objects_by_flag():
+    rng = np.random.default_rng(0)
+    pixels, boxes, labels = make_picture(rng, 3)
+    found = annotation_of(boxes, labels, difficult=[True, False, False], crowd=[False, True, False])
+    for difficult, kept in ((True, [0, 2]), (False, [2])):
+        sample = make_sample(encode(pixels, "PNG"), found, settings(train_difficult=difficult), rng)
+        assert sample.labels.tolist() == [labels[i] for i in kept]
+
+
+def annotation_of(boxes, labels, *, difficult, crowd):
+    from pipeline.data.annotations import Annotation
+
+    return Annotation(
+        width=160,
+        height=128,
+        boxes=np.array(boxes, np.float32),
+        labels=np.array(labels),
+        difficult=np.array(difficult),
+        crowd=np.array(crowd),
+    )
+
+
+def test_a_row_gives_its_batch_back(tmp_path):
+    index, _ = read_set(make_set(tmp_path, 3, empty=1))
+    batch = dataclasses.replace(load_batch(picked(0, 1, 2), index, settings()), failures=("x: bad",))
+    row = to_row(batch, step=5, rank=1, load_s=0.1)
+    assert row.num_rows == 1
+    back = from_row(row, height=SIDE, width=SIDE)
+    assert np.array_equal(back.images_NHW3, batch.images_NHW3)
+    assert back.images_NHW3.flags.writeable
+    for name in ("boxes", "labels"):
+        for mine, theirs in zip(getattr(back, name), getattr(batch, name), strict=True):
+            assert mine.dtype == theirs.dtype
+            assert np.array_equal(mine, theirs)
+    assert (back.image_ids, back.failures) == (batch.image_ids, batch.failures)
+
+
+@pytest.mark.parametrize(("parts", "sizes"), [(1, [5]), (2, [2, 3]), (3, [1, 2, 2]), (9, [1] * 5)])
+def test_micro_batches_share_a_batch(tmp_path, parts, sizes):
+    index, _ = read_set(make_set(tmp_path, 5))
+    batch = load_batch(picked(*range(5)), index, settings())
+    pieces = batch.split(parts)
+    assert [len(piece.image_ids) for piece in pieces] == sizes
+    assert [i for piece in pieces for i in piece.image_ids] == batch.image_ids
