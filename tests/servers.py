@@ -2,15 +2,22 @@
 
 import contextlib
 import os
+import random
 import re
 import shutil
 import socket
+import struct
 import subprocess
 import sys
+import threading
 import time
 import urllib.error
 import urllib.request
+from collections import Counter
 from collections.abc import Iterator
+from dataclasses import dataclass, field
+from http.client import HTTPConnection
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 KEYS = {
@@ -61,6 +68,105 @@ def rclone(folder: Path, port: int | None = None) -> Iterator[dict[str, str]]:
     finally:
         process.kill()
         process.wait()
+
+
+@dataclass
+class Proxy:
+    """What a proxy saw and did."""
+
+    environment: dict[str, str]
+    """Of the clients."""
+    requests: list[tuple[str, str]] = field(default_factory=list)
+    """Method and path, in order."""
+    faults: Counter[str] = field(default_factory=Counter)
+
+
+SLOW_DOWN = b"<Error><Code>SlowDown</Code><Message>Please reduce your request rate.</Message></Error>"
+
+
+@contextlib.contextmanager
+def proxy(upstream: dict[str, str], *, faults: float = 0, seed: int = 0) -> Iterator[Proxy]:
+    """An S3 server in front of `upstream` that writes down every request.
+
+    It answers a share `faults` of them with 503 SlowDown, a reset connection (before the request is passed on
+    or after, so that only its answer is lost) or, where there is one, half a body.
+    """
+    rng = random.Random(seed)
+    host, _, port = upstream["AWS_ENDPOINT_URL"].removeprefix("http://").partition(":")
+
+    class Handler(BaseHTTPRequestHandler):
+        protocol_version = "HTTP/1.1"
+
+        def pass_on(self) -> None:
+            body = self.rfile.read(int(self.headers.get("Content-Length", 0)))
+            seen.requests.append((self.command, self.path))
+            kinds = ["slow down", "reset", "lost answer", *["cut"] * 2 * (self.command == "GET")]
+            fault = rng.choice(kinds) if rng.random() < faults else ""
+            if fault:
+                seen.faults[fault] += 1
+            if fault == "slow down":
+                self.answer(503, [("Content-Type", "application/xml")], SLOW_DOWN, len(SLOW_DOWN))
+                return
+            if fault == "reset":
+                self.reset()
+                return
+            # The signature covers the Host header: the client's goes through as it is.
+            headers = {name: value for name, value in self.headers.items() if name.lower() != "expect"}
+            connection = HTTPConnection(host, int(port), timeout=60)
+            connection.request(self.command, self.path, body, headers)
+            reply = connection.getresponse()
+            data = reply.read()
+            connection.close()
+            if fault == "lost answer":
+                self.reset()
+                return
+            size = int(reply.getheader("Content-Length", len(data)))
+            whole = fault != "cut"
+            self.answer(reply.status, reply.getheaders(), data if whole else data[: size // 2], size)
+            if not whole:
+                self.reset()
+
+        do_GET = do_HEAD = do_PUT = do_POST = do_DELETE = pass_on  # noqa: N815
+
+        def answer(self, status: int, headers: list[tuple[str, str]], data: bytes, size: int) -> None:
+            self.send_response_only(status)
+            for name, value in headers:
+                if name.lower() not in ("connection", "content-length", "transfer-encoding"):
+                    self.send_header(name, value)
+            self.send_header("Content-Length", str(size))
+            self.end_headers()
+            if self.command != "HEAD":
+                self.wfile.write(data)
+
+        def reset(self) -> None:
+            self.wfile.flush()
+            linger = struct.pack("ii", 1, 0)  # closing sends RST
+            self.connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, linger)
+            self.close_connection = True
+
+        def log_message(self, format: str, *args: object) -> None:
+            pass
+
+    class Server(ThreadingHTTPServer):
+        daemon_threads = True
+        request_queue_size = 128
+
+        def handle_error(self, request: object, client_address: object) -> None:
+            pass  # clients that were killed
+
+        def shutdown_request(self, request: socket.socket) -> None:  # type: ignore[override]
+            request.close()  # a shutdown first would turn a reset into an orderly end
+
+    server = Server(("127.0.0.1", 0), Handler)
+    seen = Proxy({**upstream, "AWS_ENDPOINT_URL": f"http://127.0.0.1:{server.server_port}"})
+    thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.05}, daemon=True)
+    thread.start()
+    try:
+        yield seen
+    finally:
+        server.shutdown()
+        server.server_close()
+        thread.join()
 
 
 def wait_for(url: str, process: subprocess.Popen, seconds: float = 60) -> None:

@@ -2,6 +2,7 @@
 
 import contextlib
 import os
+import re
 import subprocess
 import sys
 import tempfile
@@ -17,7 +18,7 @@ from pipeline.inference.verify import verify
 from tests.makers import make_jpeg, make_tar_shard
 
 ROOT = Path(__file__).resolve().parents[2]
-HOOKS = str(Path(__file__).with_name("hooks"))  # for PYTHONPATH
+HOOKS = f"{Path(__file__).with_name('hooks')}{os.pathsep}{ROOT}"  # for PYTHONPATH
 FAKE = (sys.executable, "-m", "tests.chaos.driver", "{source}", "{output}")
 REAL = (sys.executable, "jobs/infer.py", "--input", "{source}", "--output", "{output}")
 LONGEST_RUN_S = 240
@@ -86,7 +87,12 @@ def running(setting: Setting) -> Iterator[Run]:
             kill_family(driver.pid)
             driver.wait()
             if driver.returncode not in (0, -9):
-                print(log.read_text(errors="replace")[-3000:])
+                print(errors(log.read_text(errors="replace")))
+
+
+def errors(text: str) -> str:
+    """The lines of a driver's log that say why it ended."""
+    return "\n".join(line[:300] for line in text.splitlines() if re.match(r"\S*(Error|error)\b", line))
 
 
 def kill_family(pid: int) -> None:
