@@ -1,0 +1,185 @@
+"""Whole runs on Ray: what they leave, that another job can use it, and that kills change nothing."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
+
+import numpy as np
+import psutil
+import pytest
+import safetensors.torch
+import torch
+
+from pipeline.config import EvaluateConfig, InferConfig, TrainConfig
+from pipeline.errors import ConfigError, PipelineError
+from pipeline.evaluation.report import measure_run
+from pipeline.inference.run import infer
+from pipeline.model.checkpoint import read_spec
+from pipeline.training.run import dry_run, last_position, train
+from tests.training.makers import make_set, save_small_model
+
+pytestmark = [pytest.mark.ray, pytest.mark.usefixtures("ray_cluster")]
+ROOT = Path(__file__).resolve().parents[2]
+NUM_STEPS = 100  # 20 epochs of 20 images, 4 a step
+
+
+def flags(folder, output, **changes):
+    given = {
+        "train": f"{folder}/train",
+        "val": f"{folder}/val",
+        "output": f"{folder}/{output}",
+        "init": f"{folder}/small.safetensors",
+        "epochs": 20,
+        "batch_size": 4,
+        "augmentation": "light",
+        "validations": 2,
+        "checkpoint_steps": 20,
+        "log_s": 2.0,
+        "lr": 2e-3,
+    }
+    return TrainConfig(**(given | changes))
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """A small set and weights to begin with."""
+    path = tmp_path_factory.mktemp("training")
+    make_set(path / "train", 20, num_shards=3)
+    make_set(path / "val", 7, seed=1, num_shards=2)
+    save_small_model(path / "small.safetensors")
+    return path
+
+
+@pytest.fixture(scope="module")
+def whole(folder, ray_cluster):
+    """A run that nothing has interrupted."""
+    config = flags(folder, "whole")
+    return config, train(config)
+
+
+def weights(output):
+    return safetensors.torch.load_file(Path(output, "model.safetensors"))
+
+
+def last_state(output):
+    """What the last checkpoint of a run holds."""
+    newest = max(Path(output, "checkpoints").glob("checkpoint_*"))
+    return torch.load(newest / "learner.pt", weights_only=True)
+
+
+def assert_same_run(output, other):
+    """Both have ended with the same weights, after the same number of optimizer steps."""
+    mine, theirs = last_state(output), last_state(other)
+    assert mine["num_steps"] == theirs["num_steps"] == NUM_STEPS
+    for part in ("model", "averaged"):
+        assert all(torch.equal(mine[part][name], theirs[part][name]) for name in mine[part])
+    steps = {float(state["step"]) for state in mine["optimizer"]["state"].values()}
+    assert steps == {float(NUM_STEPS)}
+
+
+def wait_for_checkpoint(output):
+    deadline = time.monotonic() + 200
+    while not list(Path(output, "checkpoints").glob("checkpoint_*/position.json")):
+        assert time.monotonic() < deadline, "no checkpoint came"
+        time.sleep(0.05)
+
+
+def test_a_run_leaves_weights_that_know_their_classes_and_curves(whole):
+    config, outcome = whole
+    spec = read_spec(f"{config.output}/model.safetensors")
+    assert (spec.class_names, spec.label_ids) == (("disc", "square"), (10, 20))
+    assert outcome.position.step == NUM_STEPS
+    assert outcome.position.best_ap > 0.3
+    assert list(Path(config.output, "tensorboard").glob("events.out.tfevents.*"))
+    assert json.loads(Path(config.output, "_run", "result.json").read_text())["step"] == NUM_STEPS
+
+
+def test_validation_is_what_infer_and_evaluate_say(whole, folder):
+    config, outcome = whole
+    output = str(folder / "detections")
+    infer(
+        InferConfig(
+            input=config.val,
+            output=output,
+            weights=f"{config.output}/model.safetensors",
+            score_threshold=0.001,
+        )
+    )
+    report = measure_run(EvaluateConfig(detections=output, annotations=config.val, resamples=0))
+    assert report.numbers["AP"] == pytest.approx(outcome.position.best_ap, abs=2e-3)
+
+
+def test_a_finished_run_says_so_and_other_flags_are_refused(whole, folder):
+    config, outcome = whole
+    again = train(config)
+    assert again.was_done
+    assert again.position == outcome.position
+    with pytest.raises(ConfigError, match=r"--lr was 0.002, now 0.1.*--overwrite"):
+        train(flags(folder, "whole", lr=0.1))
+    with pytest.raises(ConfigError, match="--seed was 0, now 3"):
+        dry_run(flags(folder, "whole", seed=3))
+
+
+def test_a_worker_that_is_killed_costs_no_step_and_no_bit(whole, folder):
+    config = flags(folder, "worker-killed")
+    victims = []
+
+    def kill():
+        wait_for_checkpoint(config.output)
+        for process in psutil.Process().children(recursive=True):
+            if "RayTrainWorker" in process.name() or "RayTrainWorker" in " ".join(process.cmdline()):
+                victims.append(process.pid)
+                process.kill()
+                return
+
+    killer = threading.Thread(target=kill)
+    killer.start()
+    train(config)
+    killer.join()
+    assert victims
+    assert_same_run(config.output, whole[0].output)
+
+
+def test_a_driver_that_is_killed_goes_on_with_the_same_command(whole, folder):
+    config = flags(folder, "driver-killed")
+    given = {name.replace("_", "-"): getattr(config, name) for name in config.__dataclass_fields__}
+    command = [sys.executable, str(ROOT / "jobs" / "train.py")]
+    for name in ("train", "val", "output", "init", "epochs", "batch-size", "augmentation"):
+        command += [f"--{name}", str(given[name])]
+    for name in ("validations", "checkpoint-steps", "log-s", "lr"):
+        command += [f"--{name}", str(given[name])]
+    environment = {k: v for k, v in os.environ.items() if k != "RAY_ADDRESS"}
+    with subprocess.Popen(command, env=environment, stdout=subprocess.DEVNULL, start_new_session=True) as job:
+        wait_for_checkpoint(config.output)
+        os.killpg(job.pid, signal.SIGKILL)
+    position = last_position(config.output)
+    assert 0 < position.step < NUM_STEPS
+    outcome = train(config)
+    assert outcome.position.step == NUM_STEPS
+    assert_same_run(config.output, whole[0].output)
+
+
+def test_two_workers_see_the_batches_that_one_sees(whole, folder):
+    config = flags(folder, "two", workers=2, epochs=2)
+    alone = flags(folder, "one", epochs=2)
+    train(config)
+    train(alone)
+    two, one = last_state(config.output), last_state(alone.output)
+    assert two["num_steps"] == one["num_steps"] == 10
+    for name, value in one["model"].items():
+        torch.testing.assert_close(two["model"][name], value, atol=1e-4, rtol=0)
+
+
+def test_a_loss_that_is_not_finite_ends_the_run_in_one_line(folder):
+    broken = safetensors.torch.load_file(folder / "small.safetensors")
+    with safetensors.safe_open(folder / "small.safetensors", "pt") as file:
+        header = file.metadata()
+    broken["heads.0.boxes.project.bias"] = torch.full_like(broken["heads.0.boxes.project.bias"], np.nan)
+    safetensors.torch.save_file(broken, folder / "broken.safetensors", metadata=header)
+    with pytest.raises(PipelineError, match=r"step 1: the loss is not finite, in the batch of shard-0000"):
+        train(flags(folder, "nan", init=str(folder / "broken.safetensors")))
