@@ -7,13 +7,26 @@ READY := $(VENV)/.ready
 export THP_MEM_ALLOC_ENABLE := 1
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-fast check format clean
+.PHONY: help demo train-demo test test-fast check format clean
 
 help:  ## list the targets
 	@awk 'BEGIN {FS = ":.*## "} /^[a-z-]+:.*## / {printf "  %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
 demo: $(READY)  ## set up, then detect objects in real photographs: ./demo-output/
 	$(BIN)/python jobs/infer.py
+
+TRAINED := demo-output/training
+train-demo: $(READY)  ## train on generated pictures for 3 minutes, then detect and measure on others
+	rm -rf $(TRAINED)
+	$(BIN)/python -m pipeline.training.demo $(TRAINED)/pictures
+	for split in train val test; do $(BIN)/python jobs/make_shards.py --format coco \
+	  --images $(TRAINED)/pictures/$$split --annotations $(TRAINED)/pictures/$$split.json \
+	  --output $(TRAINED)/shards/$$split || exit; done
+	$(BIN)/python jobs/train.py --train $(TRAINED)/shards/train --val $(TRAINED)/shards/val \
+	  --output $(TRAINED)/run --max-minutes 3
+	$(BIN)/python jobs/infer.py --weights $(TRAINED)/run/model.safetensors --input $(TRAINED)/shards/test \
+	  --output $(TRAINED)/detections
+	$(BIN)/python jobs/evaluate.py --detections $(TRAINED)/detections --annotations $(TRAINED)/shards/test
 
 test: $(READY)  ## every test that needs no GPU
 	$(BIN)/python -m pytest -q

@@ -15,10 +15,13 @@ Where to look:
     inference/ plan -> run (the chain) -> sink; ledger, lock, report
     evaluation/ average precision and what goes with it
     gallery/   pictures with boxes, the HTML report
+    training/  index -> order -> batches (Ray tasks) -> steps (plain PyTorch) -> checkpoint
 
 The inference flow, in reading order: jobs/infer.py, inference/plan.py, inference/run.py, inference/blocks.py,
 data/shards.py, data/images.py, model/detector.py, model/ssd.py, model/postprocess.py, inference/sink.py,
-inference/ledger.py, results/read.py. Imports point down only, see
+inference/ledger.py, results/read.py. The training flow: jobs/train.py, training/plan.py, training/run.py,
+training/index.py, training/order.py, training/samples.py, training/session.py, training/loop.py,
+training/optimise.py, training/validation.py. Imports point down only, see
 CONTRIBUTING.md; tests/test_architecture.py keeps it so.
 """
 

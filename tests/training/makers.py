@@ -3,6 +3,7 @@
 import dataclasses
 import json
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -51,16 +52,16 @@ def make_picture(rng: np.random.Generator, num_objects: int) -> tuple[np.ndarray
         label = int(rng.integers(1, 3))
         y, x = np.ogrid[:side, :side]
         radius = side / 2
-        inside = (x - radius + 0.5) ** 2 + (y - radius + 0.5) ** 2 <= radius**2 if label == 1 else (x + y >= 0)
+        inside = (
+            (x - radius + 0.5) ** 2 + (y - radius + 0.5) ** 2 <= radius**2 if label == 1 else (x + y >= 0)
+        )
         pixels[top : top + side, left : left + side][inside] = (200, 40, 40) if label == 1 else (30, 60, 200)
         boxes.append([left, top, left + side, top + side])
         labels.append(label)
     return pixels, boxes, labels
 
 
-def make_set(
-    folder: Path, num_images: int, *, seed: int = 0, num_shards: int = 1, empty: int = 0
-) -> Path:
+def make_set(folder: Path, num_images: int, *, seed: int = 0, num_shards: int = 1, empty: int = 0) -> Path:
     """Annotated shards of pictures; the first `empty` ones have no objects."""
     rng = np.random.default_rng(seed)
     images: list[dict[str, bytes]] = [{} for _ in range(num_shards)]
@@ -85,7 +86,7 @@ def read_set(folder: Path):
 
 def settings(augmentation="none", **changes) -> SampleSettings:
     """How pictures become samples of the small model."""
-    given = {
+    given: dict[str, Any] = {
         "height": SIDE,
         "width": SIDE,
         "resize_rule": "tf_legacy",

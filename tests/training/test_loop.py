@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as mp
+from torch.multiprocessing.spawn import spawn
 
 from pipeline.errors import PipelineError
 from pipeline.model.initialise import replace_classes
@@ -117,11 +117,10 @@ def test_micro_batches_change_nothing(tmp_path, optimizer):
 
 
 def train_share(rank, num_workers, folder, out):
-    """20 steps of one worker of several; also the target of `mp.spawn`."""
+    """20 steps of one worker of several; also the target of `spawn`."""
     torch.set_num_threads(1)
     if num_workers > 1:
-        store = dist.FileStore(f"{out}.store", num_workers)
-        dist.init_process_group("gloo", store=store, rank=rank, world_size=num_workers)
+        dist.init_process_group("gloo", init_method=f"file://{out}.store", rank=rank, world_size=num_workers)
     index, _ = read_set(folder)
     learner = new_learner(Recipe(optimizer="sgd", lr=1e-3))
     losses = [
@@ -140,7 +139,7 @@ def train_share(rank, num_workers, folder, out):
 def test_two_workers_of_8_images_do_what_one_of_16_does(tmp_path):
     folder = make_set(tmp_path / "set", 24)
     train_share(0, 1, folder, tmp_path / "one.pt")
-    mp.spawn(train_share, args=(2, folder, tmp_path / "two.pt"), nprocs=2)
+    spawn(train_share, args=(2, folder, tmp_path / "two.pt"), nprocs=2)
     one, two = (torch.load(tmp_path / f"{name}.pt", weights_only=True) for name in ("one", "two"))
     np.testing.assert_allclose(one["losses"], two["losses"], rtol=1e-4)
     for name, value in one["weights"].items():

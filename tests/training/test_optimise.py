@@ -33,7 +33,10 @@ def test_sgd_gives_biases_twice_the_rate_and_no_decay():
 
 def test_adamw_decays_weights_only():
     optimizer = make_optimizer(small_model(), Recipe(optimizer="adamw", weight_decay=0.1))
-    assert [(group["factor"], group["weight_decay"]) for group in optimizer.param_groups] == [(1, 0.1), (1, 0)]
+    assert [(group["factor"], group["weight_decay"]) for group in optimizer.param_groups] == [
+        (1, 0.1),
+        (1, 0),
+    ]
     assert all(p.ndim > 1 for p in optimizer.param_groups[0]["params"])
 
 

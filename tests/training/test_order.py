@@ -31,7 +31,8 @@ def batch(step, rank, run):
 def test_every_image_comes_once_in_each_epoch(run):
     size = run["share"] * run["num_workers"]
     steps = num_steps(epochs=3, num_samples=run["num_samples"], batch_size=size)
-    seen = [pick for step in range(steps) for rank in range(run["num_workers"]) for pick in batch(step, rank, run)]
+    workers = range(run["num_workers"])
+    seen = [pick for step in range(steps) for rank in workers for pick in batch(step, rank, run)]
     for epoch in range(3):
         assert sorted(p.sample for p in seen if p.epoch == epoch) == list(range(run["num_samples"]))
     assert [p.epoch for p in seen] == sorted(p.epoch for p in seen)

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+from typing import Any
 
 import numpy as np
 import pytest
@@ -26,7 +27,8 @@ from tests.training.makers import make_set, read_set, save_small_model
 
 
 def config(tmp_path, **changes):
-    given = {"train": str(tmp_path / "train"), "val": str(tmp_path / "val"), "output": str(tmp_path / "out")}
+    given: dict[str, Any] = {name: str(tmp_path / name) for name in ("train", "val")}
+    given["output"] = str(tmp_path / "out")
     return TrainConfig(**(given | changes))
 
 
@@ -39,7 +41,7 @@ def sets(tmp_path):
 
 def test_bundled_weights_get_new_classes_and_keep_their_boxes(sets):
     classes = read_classes(str(sets / "train"))
-    model = initial_model(config(sets), classes)
+    model: Any = initial_model(config(sets), classes)
     bundled = load_checkpoint("coco_ssdlite300_mobilenet_v2")
     assert model.spec.class_names == ("disc", "square")
     assert model.spec.label_ids == (10, 20)
@@ -58,7 +60,7 @@ def test_the_map_of_labels_goes_into_the_checkpoint(sets, tmp_path):
 
 def test_vgg16_layers_fill_the_trunk(sets, tmp_path):
     classes = read_classes(str(sets / "train"))
-    donor = build_model("ssd300_vgg16", num_classes=2).backbone.layers
+    donor: Any = build_model("ssd300_vgg16", num_classes=2).backbone.layers
     numbers = (0, 2, 5, 7, 10, 12, 14, 17, 19, 21, 24, 26, 28)
     convs = [m for m in donor.children() if isinstance(m, torch.nn.Conv2d)][:13]
     state = {
@@ -69,7 +71,7 @@ def test_vgg16_layers_fill_the_trunk(sets, tmp_path):
     path = tmp_path / "vgg16.safetensors"
     safetensors.torch.save_file(state, path)
     wanted = config(sets, architecture="ssd300_vgg16", init=str(path), priors="voc")
-    model = initial_model(wanted, classes)
+    model: Any = initial_model(wanted, classes)
     torch.testing.assert_close(model.backbone.layers.conv5_3.weight, convs[-1].weight)
     assert model.spec.class_names == ("disc", "square")
     assert model.spec.priors.name == build_model("ssd300_vgg16", num_classes=2, priors="voc").spec.priors.name
@@ -79,7 +81,7 @@ def test_vgg16_layers_fill_the_trunk(sets, tmp_path):
 def test_real_vgg16_layers_fill_the_trunk(sets, shared_data):
     path = shared_data("models/vgg16_imagenet_conv.safetensors")
     wanted = config(sets, architecture="ssd300_vgg16", init=str(path))
-    model = initial_model(wanted, read_classes(str(sets / "train")))
+    model: Any = initial_model(wanted, read_classes(str(sets / "train")))
     state = safetensors.torch.load_file(path)
     torch.testing.assert_close(model.backbone.layers.conv1_1.weight, state["features.0.weight"].float())
 
@@ -132,7 +134,7 @@ def test_sets_without_any_object_are_refused(tmp_path):
     with pytest.raises(ConfigError, match="none of its 2 images has an object"):
         usable_rows(table, config(tmp_path))
     full, _ = read_set(make_set(tmp_path / "full", 1))
-    model = initial_model(config(tmp_path), classes)
+    model: Any = initial_model(config(tmp_path), classes)
     empty, _ = read_set(tmp_path / "val")
     with pytest.raises(ConfigError, match=r"--val .*has an object to measure"):
         make_plan(config(tmp_path), classes, model, train=full, val=empty)
@@ -155,7 +157,7 @@ def test_the_plan_tells_images_boxes_steps_and_rates(sets):
 def test_a_checkpoint_brings_its_own_input_size(sets, tmp_path):
     init = save_small_model(tmp_path / "small.safetensors")
     wanted = config(sets, init=str(init))
-    model = initial_model(wanted, read_classes(str(sets / "train")))
+    model: Any = initial_model(wanted, read_classes(str(sets / "train")))
     made = sample_settings(wanted, model.spec)
     assert (made.height, made.width, made.fill) == (128, 128, (128, 128, 128))
 
@@ -184,4 +186,4 @@ def test_flags_out_of_range_are_refused(tmp_path, flags, message):
 
 def test_flags_are_frozen(tmp_path):
     with pytest.raises(dataclasses.FrozenInstanceError):
-        config(tmp_path).lr = 1.0
+        config(tmp_path).lr = 1.0  # type: ignore[misc]

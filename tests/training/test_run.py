@@ -8,6 +8,7 @@ import sys
 import threading
 import time
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import psutil
@@ -29,7 +30,7 @@ NUM_STEPS = 100  # 20 epochs of 20 images, 4 a step
 
 
 def flags(folder, output, **changes):
-    given = {
+    given: dict[str, Any] = {
         "train": f"{folder}/train",
         "val": f"{folder}/val",
         "output": f"{folder}/{output}",

@@ -2,6 +2,7 @@
 
 import dataclasses
 from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 import pytest
@@ -33,7 +34,7 @@ class Run:
         self.step_s, self.validation_s = step_s, validation_s
         self.aps = list(aps)
         self.progress, self.validated, self.saved, self.lines, self.charts = [], [], [], [], []
-        self.learner = SimpleNamespace(step=self.step, averaged=None, world_size=1, device="cpu")
+        self.learner: Any = SimpleNamespace(step=self.step, averaged=None, world_size=1, device="cpu")
         self.position = Position()
 
     def step(self, batch, *, progress):
