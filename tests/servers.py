@@ -79,6 +79,8 @@ class Proxy:
     requests: list[tuple[str, str]] = field(default_factory=list)
     """Method and path, in order."""
     faults: Counter[str] = field(default_factory=Counter)
+    busy: set[int] = field(default_factory=set)
+    """Threads that are at a request."""
 
 
 SLOW_DOWN = b"<Error><Code>SlowDown</Code><Message>Please reduce your request rate.</Message></Error>"
@@ -96,6 +98,13 @@ def proxy(upstream: dict[str, str], *, faults: float = 0, seed: int = 0) -> Iter
 
     class Handler(BaseHTTPRequestHandler):
         protocol_version = "HTTP/1.1"
+
+        def handle_request(self) -> None:
+            seen.busy.add(threading.get_ident())
+            try:
+                self.pass_on()
+            finally:
+                seen.busy.discard(threading.get_ident())
 
         def pass_on(self) -> None:
             body = self.rfile.read(int(self.headers.get("Content-Length", 0)))
@@ -126,7 +135,7 @@ def proxy(upstream: dict[str, str], *, faults: float = 0, seed: int = 0) -> Iter
             if not whole:
                 self.reset()
 
-        do_GET = do_HEAD = do_PUT = do_POST = do_DELETE = pass_on  # noqa: N815
+        do_GET = do_HEAD = do_PUT = do_POST = do_DELETE = handle_request  # noqa: N815
 
         def answer(self, status: int, headers: list[tuple[str, str]], data: bytes, size: int) -> None:
             self.send_response_only(status)

@@ -9,6 +9,7 @@ import time
 import uuid
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -393,7 +394,7 @@ def _is_counted(output: str, name: str, lock: LockRef) -> bool:
     """Whether a run after the lock's counts on the part `name`, or will, because it has not looked yet."""
     uri = storage.join(output, "_run", FOUND)
     for _ in range(FOUND_TRIES):
-        record = json.loads(storage.read_bytes(uri)) if storage.exists(uri) else {"run": 0}
+        record: dict[str, Any] = json.loads(storage.read_bytes(uri)) if storage.exists(uri) else {"run": 0}
         if record["run"] > lock.number:
             return name in record["parts"]
         time.sleep(FOUND_PAUSE_S)

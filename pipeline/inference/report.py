@@ -68,9 +68,10 @@ def finish_report(
     progress: Progress,
     num_detectors: int,
     *,
+    num_retries: int,
     stopped: bool,
 ) -> Report:
-    """Count the output, write `_run/report.json` and return it."""
+    """Count the output, write `_run/report.json` and return it; `num_retries` are the driver's own."""
     summary = summarise(config.output)
     confident = Counter[str]()
     for frame in iter_detections(config.output, min_score=CONFIDENT, columns=["class_name"]):
@@ -98,7 +99,7 @@ def finish_report(
         write_s=round(counts.write_s, 2),
         wait_s=round(max(progress.steady_seconds * num_detectors - counts.detect_s, 0.0), 2),
         detectors_busy=round(min(busy, 1.0), 3),
-        num_retries=int(counts.num_retries),
+        num_retries=int(counts.num_retries) + num_retries,
         num_empty_boxes=int(counts.num_empty_boxes),
         errors=dict(counts.errors),
         classes=dict(zip(summary.classes.class_name, map(int, summary.classes.num_detections), strict=True)),

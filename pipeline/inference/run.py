@@ -89,6 +89,7 @@ def infer(config: InferConfig, *, detector: type | None = None) -> Report:
         ConfigError: refused: see the message.
         PipelineError: images are still missing after `MAX_PASSES`.
     """
+    retries = storage.num_retries()
     weights = portable_weights(config.weights)
     spec = checkpoint.read_spec(config.weights)
     fingerprint = run_fingerprint(config, spec, checkpoint.weights_sha256(config.weights))
@@ -122,7 +123,15 @@ def infer(config: InferConfig, *, detector: type | None = None) -> Report:
         parts = remove_late(config.output, plan.known, run, lock=lock.ref, over=not done.over_budget)
         superseded = plan.round > 0 or plan.ledger.num_rows > len(plan.ledger.keys)
         parts = compact(config.output, parts, run, superseded=superseded, lock=lock.ref)
-        return finish_report(config, plan, parts, done.progress, done.num_detectors, stopped=done.over_budget)
+        return finish_report(
+            config,
+            plan,
+            parts,
+            done.progress,
+            done.num_detectors,
+            num_retries=storage.num_retries() - retries,
+            stopped=done.over_budget,
+        )
 
 
 @dataclass(frozen=True)

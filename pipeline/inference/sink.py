@@ -12,6 +12,7 @@ from ray.data import Datasink
 from ray.data._internal.execution.interfaces import TaskContext
 from ray.data.block import Block
 
+from pipeline import storage
 from pipeline.errors import BudgetError
 from pipeline.inference.blocks import STATS, to_tables
 from pipeline.inference.ledger import commit
@@ -49,9 +50,14 @@ class PartSink(Datasink[Counts]):
         block = pa.concat_tables(tables)
         images, boxes = to_tables(block, self._target.class_names)
         name = f"part-{self._target.run}-{ctx.task_idx:06d}.parquet"
-        start = time.perf_counter()
+        start, retries = time.perf_counter(), storage.num_retries()
         commit(self._target.output, name, images, boxes, self._target.metadata, lock=self._target.lock)
-        counts = replace(count(block, boxes), write_s=time.perf_counter() - start)
+        counts = count(block, boxes)
+        counts = replace(
+            counts,
+            write_s=time.perf_counter() - start,
+            num_retries=counts.num_retries + storage.num_retries() - retries,
+        )
         if ray.get(self._monitor.add.remote(counts)):
             raise BudgetError("too many images failed")
         return counts
