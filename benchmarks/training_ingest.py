@@ -1,0 +1,142 @@
+"""Does training wait for its data? Ingest against a torch DataLoader, and training against bare steps.
+
+    python benchmarks/training_ingest.py --train SHARDS --val SHARDS [--batches 60] [--pairs 3] [--json FILE]
+
+Ingest: the dataset of batches that training reads, with a consumer that does nothing, against a DataLoader
+that makes the same batches with the same code in as many processes as there are cores; images per second
+after the first ten batches. Training: the steps of a worker fed by that dataset, against the same steps on
+batches in memory, one after the other in this process. Sides alternate; ratios are taken pair by pair.
+"""
+
+import argparse
+import itertools
+import json
+import os
+import statistics
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import ray
+import torch
+from ray.data import ExecutionOptions
+from torch.utils.data import DataLoader, Dataset
+
+from pipeline import runtime
+from pipeline.config import TrainConfig
+from pipeline.training.loop import Learner
+from pipeline.training.order import picks
+from pipeline.training.plan import make_recipe, sample_settings
+from pipeline.training.run import Prepared, batches_of_run, data_config, prepare
+from pipeline.training.samples import Batch, from_row, load_batch
+
+WARM_UP = 10  # batches: processes start and import torch
+
+
+class Batches(Dataset[Batch]):
+    """The batches of a run, for a DataLoader."""
+
+    def __init__(self, prepared: Prepared, count: int) -> None:
+        self.table, self.config = prepared.tables["train"][0], prepared.plan.config
+        self.settings, self.count = sample_settings(self.config, prepared.plan.spec), count
+
+    def __len__(self) -> int:
+        return self.count
+
+    def __getitem__(self, step: int) -> Batch:
+        torch.set_num_threads(1)
+        sizes = {"batch_size": self.config.batch_size, "num_samples": len(self.table)}
+        chosen = picks(step, rank=0, num_workers=1, seed=self.config.seed, **sizes)
+        return load_batch(chosen, self.table, self.settings)
+
+
+def from_ray(prepared: Prepared, count: int) -> Iterator[Batch]:
+    """The first batches as a training worker gets them."""
+    spec, plan = prepared.plan.spec, prepared.plan
+    rows = ray.put(prepared.tables["train"][0])
+    dataset = batches_of_run(rows, plan, plan.config.output)
+    options = data_config(plan)._resolve_execution_options("train")
+    assert isinstance(options, ExecutionOptions)
+    dataset.context.execution_options = options
+    (shard,) = dataset.streaming_split(1, equal=True)
+    found = shard.iter_batches(batch_size=None, batch_format="pyarrow", prefetch_batches=2)  # type: ignore
+    for row in itertools.islice(found, count):
+        yield from_row(row, height=spec.input_height, width=spec.input_width)  # type: ignore[arg-type]
+
+
+def from_loader(prepared: Prepared, count: int) -> Iterator[Batch]:
+    """The same batches from a DataLoader."""
+    processes = os.cpu_count() or 1
+    yield from DataLoader(
+        Batches(prepared, count), batch_size=None, num_workers=processes, multiprocessing_context="spawn"
+    )
+
+
+def in_memory(prepared: Prepared, count: int) -> Iterator[Batch]:
+    """The same batches, made before they are asked for."""
+    batches = Batches(prepared, min(count, 12))
+    made = [batches[i] for i in range(len(batches))]
+    torch.set_num_threads(os.cpu_count() or 1)
+    yield from itertools.islice(itertools.cycle(made), count)
+
+
+def images_per_second(batches: Iterator[Batch], use: Callable[[Batch], object]) -> float:
+    """Of all batches after the first ones."""
+    num_images, started = 0, 0.0
+    for number, batch in enumerate(batches):
+        use(batch)
+        if number == WARM_UP - 1:
+            started = time.perf_counter()
+        elif number >= WARM_UP:
+            num_images += len(batch.image_ids)
+    return num_images / (time.perf_counter() - started)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--train", required=True)
+    parser.add_argument("--val", required=True)
+    parser.add_argument("--batches", type=int, default=60)
+    parser.add_argument("--pairs", type=int, default=3)
+    parser.add_argument("--json", type=Path)
+    args = parser.parse_args()
+    runtime.start_ray()
+    torch.set_num_threads(os.cpu_count() or 1)
+    with tempfile.TemporaryDirectory() as folder:
+        config = TrainConfig(train=args.train, val=args.val, output=f"{folder}/out", epochs=10_000)
+        prepared = prepare(config)
+        learner = Learner(prepared.model, make_recipe(config, device="cpu"))
+        count = WARM_UP + args.batches
+
+        def nothing(batch: Batch) -> None:
+            pass
+
+        def step(batch: Batch) -> None:
+            learner.step(batch, progress=0.5)
+
+        questions = {
+            "ingest": ((from_ray, nothing), (from_loader, nothing)),
+            "training": ((from_ray, step), (in_memory, step)),
+        }
+        result = {}
+        for name, sides in questions.items():
+            rates = [
+                [images_per_second(feed(prepared, count), use) for feed, use in sides]
+                for _ in range(args.pairs)
+            ]
+            ratios = [ours / other for ours, other in rates]
+            result[name] = {"images_per_second": rates, "ratio": statistics.median(ratios)}
+            mine, other = (statistics.median(column) for column in zip(*rates, strict=True))
+            against = "DataLoader" if name == "ingest" else "batches in memory"
+            print(
+                f"{name:<9} {mine:7.1f} images/s   {against} {other:7.1f}   ratio {result[name]['ratio']:.3f}"
+            )
+    if args.json:
+        args.json.write_text(json.dumps({**vars(args), "json": None, **result}, indent=2))
+
+
+if __name__ == "__main__":
+    main()
