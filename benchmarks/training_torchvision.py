@@ -132,9 +132,7 @@ def decode(data: bytes) -> Tensor:
 
 def their_sample(data: bytes, row: dict, preset: v2.Compose) -> tuple[Tensor, dict[str, Tensor]]:
     """Decode and augment one image as torchvision's reference does."""
-    image = torchvision.io.decode_image(
-        torch.frombuffer(bytearray(data), dtype=torch.uint8), ImageReadMode.RGB
-    )
+    image = decode(data)
     found = annotation(row)
     target = {
         "boxes": tv_tensors.BoundingBoxes(
@@ -196,9 +194,7 @@ def their_detections(model: torchvision_ssd.SSD, test: pa.Table, classes: Classe
     ids, columns = np.array([0, *classes.ids]), []
     for number, row in enumerate(test.to_pylist()):
         (data,) = fetch([row])
-        image = torchvision.io.decode_image(
-            torch.frombuffer(bytearray(data), dtype=torch.uint8), ImageReadMode.RGB
-        )
+        image = decode(data)
         (some,) = model([image / 255])
         corners = some["boxes"].double().numpy()
         xywh = np.concatenate([corners[:, :2], corners[:, 2:] - corners[:, :2]], axis=1)
