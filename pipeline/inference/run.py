@@ -54,7 +54,9 @@ MAX_PASSES = 5  # the run itself, and again for what is missing or was in flight
 SLOW_IMAGES_PER_BLOCK = 16
 
 # Equal CPU demands would fuse reader and detector in one task; the writer asks for none or it starves.
-DETECTOR_CPUS = 0.1  # logical: detectors and readers share the cores, backpressure decides who runs
+# Detectors and readers share the cores; next to ten detectors a node of one core still has room for a reader
+# (with 0.1 a run stood still when a node was lost and its detectors moved to the other one).
+DETECTOR_CPUS = 0.01
 READER_CPUS = 0.9
 RETRIES = 3  # Ray's default is for ever, and so is a poison image
 
