@@ -3,19 +3,8 @@
 import pytest
 
 from tests.chaos import held, moments, rounds
-from tests.chaos.runs import Setting, finish, make_input, tables
 
 pytestmark = [pytest.mark.ray, pytest.mark.slow]
-
-
-@pytest.fixture(scope="module")
-def undisturbed(tmp_path_factory):
-    """The input and the tables of a run that nobody disturbed."""
-    folder = tmp_path_factory.mktemp("chaos")
-    make_input(folder / "in", shards=4, images=100)
-    setting = Setting(str(folder / "in"), str(folder / "whole"))
-    finish(setting)
-    return setting.source, folder, tables(setting)
 
 
 @pytest.mark.parametrize("target", ["driver", "raylet", "s3"])
@@ -31,7 +20,6 @@ def test_kills_at_every_moment_of_readers_detectors_and_writers_lose_and_repeat_
     assert kills.total() - kills["reader"] - kills["detector"] >= 4  # writers
 
 
-@pytest.mark.parametrize("where", ["images", "taken"])
-def test_a_write_that_outlives_its_head_repeats_and_loses_nothing(undisturbed, where):
+def test_a_write_that_outlives_its_head_repeats_and_loses_nothing(undisturbed):
     source, folder, whole = undisturbed
-    held.held_write(source, folder, whole, where, 8)
+    held.held_write(source, folder, whole, "taken", 8)

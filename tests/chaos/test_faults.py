@@ -9,7 +9,7 @@ import pytest
 from s3fs import S3FileSystem
 
 from tests import fakes, servers
-from tests.chaos.runs import Setting, check_same, finish, make_input, running, tables, wait_until
+from tests.chaos.runs import Setting, check_same, finish, make_input, running, wait_until
 
 pytestmark = [pytest.mark.ray, pytest.mark.slow]
 
@@ -67,24 +67,23 @@ def committed(bucket):
     return pd.concat([pd.DataFrame({column: [] for column in columns}), *parts])
 
 
-def test_a_fifth_of_all_requests_may_go_wrong(tmp_path, monkeypatch):
-    make_input(tmp_path / "in", shards=3, images=100)
-    undisturbed = Setting(str(tmp_path / "in"), str(tmp_path / "whole"))
-    finish(undisturbed)
+def test_a_fifth_of_all_requests_may_go_wrong(undisturbed, tmp_path, monkeypatch):
+    source, _, whole = undisturbed
     with servers.moto() as upstream:
-        S3FileSystem.clear_instance_cache()
         for name, value in upstream.items():
             monkeypatch.setenv(name, value)
+        S3FileSystem.clear_instance_cache()
         store = S3FileSystem()
         store.mkdir("bucket")
-        store.put(f"{tmp_path}/in/", "bucket/in/", recursive=True)
+        store.put(f"{source}/", "bucket/in/", recursive=True)
         with servers.proxy(upstream, faults=0.2) as proxy:
             setting = Setting("s3://bucket/in", "s3://bucket/out", environment=proxy.environment)
             assert finish(setting) == 1
-        print(len(proxy.requests), proxy.faults)
         assert proxy.faults.keys() == {"slow down", "reset", "lost answer", "cut"}
         store.get("bucket/out/", f"{tmp_path}/out/", recursive=True)
-        check_same(replace(setting, folder=str(tmp_path / "out")), tables(undisturbed))
+        check_same(replace(setting, folder=str(tmp_path / "out")), whole)
     report = json.loads((tmp_path / "out/_run/report.json").read_text())
-    assert report["num_retries"] > 0
-    assert report["num_failed"] == 3  # the broken ones
+    assert (
+        report["num_retries"] >= proxy.faults.total() / 2
+    )  # those of a reader that had no image yet go uncounted
+    assert report["num_failed"] == 4  # the broken ones
