@@ -8,6 +8,7 @@ from typing import Any
 import ray
 from ray.util.metrics import Counter as MetricCounter
 from ray.util.metrics import Gauge as MetricGauge
+from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from pipeline.config import InferConfig
 from pipeline.inference.plan import Plan
@@ -90,7 +91,11 @@ def progress_of(plan: Plan) -> Progress:
 @contextmanager
 def monitoring(progress: Progress, config: InferConfig, weights: bytes) -> Iterator[Any]:
     """A monitor, and a thread that prints its progress line every few seconds."""
-    monitor: Any = Monitor.remote(progress, config.max_failed_fraction, weights)
+    # On the driver's node: the loss of another one must not end the run.
+    here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
+    monitor: Any = Monitor.options(scheduling_strategy=here).remote(
+        progress, config.max_failed_fraction, weights
+    )
     stop = threading.Event()
 
     def report() -> None:
