@@ -17,6 +17,7 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import ray
 import torch
@@ -28,7 +29,7 @@ from pipeline.config import TrainConfig
 from pipeline.training.loop import Learner
 from pipeline.training.order import picks
 from pipeline.training.plan import make_recipe, sample_settings
-from pipeline.training.run import Prepared, batches_of_run, data_config, prepare
+from pipeline.training.run import Pace, Prepared, batches_of_run, data_config, prepare
 from pipeline.training.samples import Batch, from_row, load_batch
 
 WARM_UP = 10  # batches: processes start and import torch
@@ -55,13 +56,15 @@ def from_ray(prepared: Prepared, count: int) -> Iterator[Batch]:
     """The first batches as a training worker gets them."""
     spec, plan = prepared.plan.spec, prepared.plan
     rows = ray.put(prepared.tables["train"][0])
-    dataset = batches_of_run(rows, plan, plan.config.output)
-    options = data_config(plan)._resolve_execution_options("train")
+    pace: Any = Pace.remote()
+    dataset = batches_of_run(rows, plan, plan.config.output, pace)
+    options = data_config()._resolve_execution_options("train")
     assert isinstance(options, ExecutionOptions)
     dataset.context.execution_options = options
     (shard,) = dataset.streaming_split(1, equal=True)
     found = shard.iter_batches(batch_size=None, batch_format="pyarrow", prefetch_batches=2)  # type: ignore
-    for row in itertools.islice(found, count):
+    for step, row in enumerate(itertools.islice(found, count)):
+        pace.move.remote(step)
         yield from_row(row, height=spec.input_height, width=spec.input_width)  # type: ignore[arg-type]
 
 

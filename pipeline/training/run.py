@@ -5,11 +5,15 @@ worker 0, worker 1, ... of step 0, then of step 1; a split that keeps the order 
 Every batch says whose it is, and workers look.
 """
 
+import asyncio
 import json
+import logging
+import math
 import os
 import tempfile
 import threading
 import time
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -25,7 +29,9 @@ import ray.exceptions
 import ray.train
 import ray.train.torch
 import torch
-from ray.data import Dataset, ExecutionOptions, ExecutionResources
+from ray.data import Dataset, Datasource, ExecutionOptions, ReadTask
+from ray.data.block import BlockMetadata
+from ray.util.annotations import RayDeprecationWarning
 
 from pipeline import runtime, storage
 from pipeline.config import TrainConfig, flags
@@ -57,7 +63,7 @@ from pipeline.training.plan import (
     unchanging_flags,
     usable_rows,
 )
-from pipeline.training.samples import Batch, from_row, load_batch, to_row
+from pipeline.training.samples import Batch, SampleSettings, from_row, load_batch, to_row
 from pipeline.training.session import Outlets, Position, Schedule, run_steps
 from pipeline.training.validation import check_measurable, ground_truth, load_images, validate
 
@@ -65,12 +71,12 @@ MODEL = "model.safetensors"
 CHECKPOINTS = "checkpoints"
 SHARDS_PER_TASK = 8
 IMAGES_PER_TASK = 256
-MAX_DATA_TASKS = 4_000  # planning takes about 1.5 ms for each
+MAX_DATA_TASKS = 8_000  # planning takes about 1.5 ms for each
 MAX_FAILURES = 3
 
 # Logical CPUs: data tasks share the cores with workers on the CPU, and must get one on a one-core machine.
 DATA_CPUS, WORKER_CPUS = 0.9, 0.1
-BATCHES_AHEAD = 6  # of each worker
+STEPS_AHEAD = 3  # that batches are made before they are needed, besides what each core is at work on
 BLOCK_BYTES = 100_000  # less than any batch, so that each row becomes a block of its own
 
 
@@ -279,6 +285,7 @@ class Job:
     started: float
     elapsed_before_s: float
     board: Any
+    pace: Any
 
 
 def fit(prepared: Prepared, *, started: float) -> Position:
@@ -290,6 +297,7 @@ def fit(prepared: Prepared, *, started: float) -> Position:
         logger.info("going on after step %d of %d", before.step, plan.num_steps)
     rows = ray.put(usable_rows(prepared.tables["train"][0], config))
     val = prepared.tables["val"][0]
+    pace: Any = Pace.remote()
     with showing() as board:
         job = Job(
             config=config,
@@ -311,6 +319,7 @@ def fit(prepared: Prepared, *, started: float) -> Position:
             started=started,
             elapsed_before_s=before.elapsed_s,
             board=board,
+            pace=pace,
         )
         trainer = Trainer(
             work,
@@ -322,8 +331,8 @@ def fit(prepared: Prepared, *, started: float) -> Position:
                 resources_per_worker={"CPU": WORKER_CPUS} | ({"GPU": 1} if job.device == "cuda" else {}),
             ),
             run_config=run_config(config.output),
-            datasets={"train": partial(batches_of_run, rows, plan, config.output)},
-            dataset_config=data_config(plan),
+            datasets={"train": partial(batches_of_run, rows, plan, config.output, pace)},
+            dataset_config=data_config(),
         )
         try:
             trainer.fit()
@@ -395,53 +404,97 @@ def _our_error(error: BaseException | None) -> PipelineError | None:
 # ---- batches -----------------------------------------------------------------------------------------
 
 
-def batches_of_run(rows: Any, plan: Plan, output: str) -> Dataset:
+def batches_of_run(rows: Any, plan: Plan, output: str, pace: Any) -> Dataset:
     """The batches from the last checkpoint on, made as they are needed.
 
     Ray Train calls this whenever it starts the workers, so after a failure the data go on where they do.
     """
     runtime.configure_data(block_bytes=BLOCK_BYTES)
-    config = plan.config
     first = last_position(output).step
-    num_batches = (plan.num_steps - first) * config.workers
-    make = partial(
-        make_batch,
+    ray.get(pace.move.remote(first))
+    source = BatchSource(
         rows=rows,
+        pace=pace,
         first=first,
-        num_workers=config.workers,
-        batch_size=config.batch_size,
-        num_samples=plan.num_images,
-        settings=sample_settings(config, plan.spec),
+        plan=plan,
+        num_cores=math.ceil(runtime.cluster_resource("CPU")),
     )
-    return ray.data.range(num_batches, override_num_blocks=min(num_batches, MAX_DATA_TASKS)).map_batches(
-        make, batch_size=1, batch_format="pyarrow", num_cpus=DATA_CPUS
-    )
+    with warnings.catch_warnings():  # 2.60 has no other way to bound retries
+        warnings.simplefilter("ignore", RayDeprecationWarning)
+        return ray.data.read_datasource(
+            source,
+            override_num_blocks=len(source.groups),
+            num_cpus=DATA_CPUS,
+            ray_remote_args={"max_retries": MAX_FAILURES},
+        )
 
 
-def make_batch(
-    numbers: pa.Table,
+class BatchSource(Datasource):
+    """Ray Data's view of a run: a task for each batch, or for some in a row where there are very many."""
+
+    def __init__(self, *, rows: Any, pace: Any, first: int, plan: Plan, num_cores: int) -> None:
+        super().__init__()
+        config = plan.config
+        num_batches = (plan.num_steps - first) * config.workers
+        size = math.ceil(num_batches / MAX_DATA_TASKS)
+        self.groups = [range(i, min(i + size, num_batches)) for i in range(0, num_batches, size)]
+        self._make = partial(
+            make_batches,
+            rows=rows,
+            pace=pace,
+            # Enough for each core to be at work on a group of its own.
+            steps_ahead=STEPS_AHEAD + math.ceil(num_cores * size / config.workers),
+            first=first,
+            num_workers=config.workers,
+            batch_size=config.batch_size,
+            num_samples=plan.num_images,
+            settings=sample_settings(config, plan.spec),
+        )
+
+    def get_name(self) -> str:
+        """The stage's name in Ray's plan and metrics."""
+        return "Batches"
+
+    def estimate_inmemory_data_size(self) -> int | None:
+        """Unknown: never all in memory."""
+        return None
+
+    def get_read_tasks(
+        self, parallelism: int, per_task_row_limit: int | None = None, data_context: Any = None
+    ) -> list[ReadTask]:
+        """One task a group, whatever `parallelism` Ray would like."""
+        unknown = BlockMetadata(num_rows=None, size_bytes=None, input_files=None, exec_stats=None)
+        return [ReadTask(partial(self._make, group), unknown) for group in self.groups]
+
+
+def make_batches(
+    numbers: range,
     *,
     rows: Any,
+    pace: Any,
+    steps_ahead: int,
     first: int,
     num_workers: int,
     batch_size: int,
     num_samples: int,
-    settings: Any,
-) -> pa.Table:
-    """A data task: the batch of a number of the sequence."""
-    began = time.perf_counter()
+    settings: SampleSettings,
+) -> Iterator[pa.Table]:
+    """A data task: some batches of the sequence, when the workers come near them."""
     torch.set_num_threads(1)
-    step, rank = divmod(numbers["id"][0].as_py(), num_workers)
-    chosen = picks(
-        first + step,
-        rank=rank,
-        num_workers=num_workers,
-        batch_size=batch_size,
-        num_samples=num_samples,
-        seed=settings.seed,
-    )
-    batch = load_batch(chosen, _fetched(rows), settings)
-    return to_row(batch, step=first + step, rank=rank, load_s=time.perf_counter() - began)
+    for number in numbers:
+        step, rank = first + number // num_workers, number % num_workers
+        ray.get(pace.near.remote(step - steps_ahead))
+        began = time.perf_counter()
+        chosen = picks(
+            step,
+            rank=rank,
+            num_workers=num_workers,
+            batch_size=batch_size,
+            num_samples=num_samples,
+            seed=settings.seed,
+        )
+        batch = load_batch(chosen, _fetched(rows), settings)
+        yield to_row(batch, step=step, rank=rank, load_s=time.perf_counter() - began)
 
 
 @lru_cache(maxsize=1)
@@ -449,18 +502,37 @@ def _fetched(rows: Any) -> pa.Table:
     return ray.get(rows)
 
 
-def data_config(plan: Plan) -> ray.train.DataConfig:
-    """Keep the order, and don't make batches far ahead: their tasks would take the cores from the steps."""
-    spec, config = plan.spec, plan.config
-    batch_bytes = config.batch_size // config.workers * spec.input_height * spec.input_width * 3
-    ahead = BATCHES_AHEAD * config.workers * batch_bytes
-    options = ExecutionOptions(
-        preserve_order=True, resource_limits=ExecutionResources(object_store_memory=ahead)
-    )
+def data_config() -> ray.train.DataConfig:
+    """Keep the order of the batches."""
+    options = ExecutionOptions(preserve_order=True)
     return ray.train.DataConfig(execution_options=options, enable_shard_locality=False)
 
 
-def own_batches(first: int, *, rank: int, height: int, width: int) -> Iterator[Batch]:
+@ray.remote(num_cpus=0)
+class Pace:
+    """Holds data tasks back until the workers come near their step.
+
+    Limits of Ray Data do so, too, but while its limits hold finished tasks back, its scheduler turns around
+    without a pause (2.60: 577 times a second, half a core and more); it waits quietly for tasks that run.
+    """
+
+    def __init__(self) -> None:
+        self._step = 0
+        self._moved = asyncio.Condition()
+
+    async def move(self, step: int) -> None:
+        """The workers are at this step."""
+        async with self._moved:
+            self._step = step
+            self._moved.notify_all()
+
+    async def near(self, step: int) -> None:
+        """Return when the workers have come to this step."""
+        async with self._moved:
+            await self._moved.wait_for(lambda: self._step >= step)
+
+
+def own_batches(first: int, *, rank: int, height: int, width: int, pace: Any) -> Iterator[Batch]:
     """This worker's batches from step `first` on.
 
     Raises:
@@ -475,6 +547,8 @@ def own_batches(first: int, *, rank: int, height: int, width: int) -> Iterator[B
                 f"worker {rank} expected its batch of step {step}, but got that of worker {came[1]}, "
                 f"step {came[0]}; this is a bug"
             )
+        if rank == 0:
+            pace.move.remote(step)
         yield from_row(row, height=height, width=width)
         step += 1
 
@@ -485,6 +559,7 @@ def own_batches(first: int, *, rank: int, height: int, width: int) -> Iterator[B
 def work(arguments: dict[str, Any]) -> None:
     """What each of Ray Train's workers does."""
     job: Job = arguments["job"]
+    logging.getLogger("ray.train").setLevel(logging.ERROR)  # a line for each checkpoint
     if _failure(job.board):
         return  # Ray Train tries again, but this error would come again
     try:
@@ -520,7 +595,11 @@ def _work(job: Job) -> None:
         chart=writer.add if writer else lambda numbers, step: None,
     )
     batches = own_batches(
-        position.step, rank=rank, height=model.spec.input_height, width=model.spec.input_width
+        position.step,
+        rank=rank,
+        height=model.spec.input_height,
+        width=model.spec.input_width,
+        pace=job.pace,
     )
     run_steps(
         learner,

@@ -24,7 +24,7 @@ from pipeline.model.checkpoint import read_spec
 from pipeline.training.run import dry_run, last_position, train
 from tests.training.makers import make_set, save_small_model
 
-pytestmark = [pytest.mark.ray, pytest.mark.usefixtures("ray_cluster")]
+pytestmark = [pytest.mark.ray, pytest.mark.usefixtures("ray_cluster"), pytest.mark.timeout(600)]
 ROOT = Path(__file__).resolve().parents[2]
 NUM_STEPS = 100  # 20 epochs of 20 images, 4 a step
 
