@@ -106,7 +106,8 @@ class _Ranges(pyarrow.fs.FSSpecHandler):
     """
 
     def get_file_info(self, paths: list[str]) -> list[pyarrow.fs.FileInfo]:
-        return _retry(f"looking for {paths[0]}", lambda: pyarrow.fs.FSSpecHandler.get_file_info(self, paths))
+        what = f"looking for {' '.join(paths[:1])}"
+        return _retry(what, lambda: pyarrow.fs.FSSpecHandler.get_file_info(self, paths))
 
     def open_input_file(self, path: str) -> pyarrow.NativeFile:
         return pyarrow.PythonFile(_RangeFile(self.fs, path), mode="r")
@@ -117,7 +118,10 @@ class _RangeFile(io.RawIOBase):
 
     def __init__(self, fs: fsspec.AbstractFileSystem, path: str) -> None:
         self._fs, self._path, self._position = fs, path, 0
-        self._size = int(_retry(f"looking for {path}", lambda: fs.info(path), absent_ok=True)["size"])
+        info = _retry(f"looking for {path}", lambda: fs.info(path), absent_ok=True)
+        if info["type"] != "file":
+            raise FileNotFoundError(errno.ENOENT, "not a file", path)
+        self._size = int(info["size"])
 
     def readable(self) -> bool:
         return True

@@ -187,3 +187,46 @@ def test_a_body_shorter_than_announced_is_read_again(tmp_path, quick, monkeypatc
     bodies = iter([b"1234", b"12345678"])
     monkeypatch.setattr(type(fs), "cat_file", lambda self, p: next(bodies))
     assert storage.read_bytes(str(path), size=8) == b"12345678"
+
+
+def test_a_parquet_file_of_a_store_is_read_through_cut_bodies_and_throttling(quick, monkeypatch):
+    import io
+
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    table = pa.table({"x": list(range(1000)), "y": [str(i) for i in range(1000)]})
+    buffer = io.BytesIO()
+    pq.write_table(table, buffer)
+    storage.write_atomic("memory://folder/x.parquet", buffer.getvalue())
+    fs, _ = storage.split("memory://folder/x.parquet")
+    whole, calls = fs.cat_file, iter(range(1_000_000))
+
+    def flaky(path, start=None, end=None):
+        number = next(calls)
+        if number % 3 == 0:
+            raise OSError(errno.EBUSY, "Please reduce your request rate")
+        data = whole(path, start=start, end=end)
+        return data[:-1] if number % 3 == 1 else data
+
+    monkeypatch.setattr(fs, "cat_file", flaky)
+    filesystem, path = storage.arrow_filesystem("memory://folder/x.parquet")
+    before = storage.num_retries()
+    assert pq.ParquetFile(path, filesystem=filesystem).read().equals(table)
+    assert storage.num_retries() >= before + 2
+    with storage.open_input("memory://folder/x.parquet") as file:
+        assert file.read() == buffer.getvalue()
+        assert file.seek(-4, 2) == len(buffer.getvalue()) - 4
+        assert file.read() == b"PAR1"
+
+
+def test_a_parquet_file_that_is_absent_or_a_folder_is_not_found(folder):
+    import pyarrow.parquet as pq
+
+    storage.write_atomic(f"{folder}/sub/x", b"1")
+    for name in ("absent.parquet", "sub"):
+        filesystem, path = storage.arrow_filesystem(f"{folder}/{name}")
+        with pytest.raises(OSError, match=name):
+            pq.ParquetFile(path, filesystem=filesystem)
+    with pytest.raises(StorageError, match="no such file"):
+        storage.open_input(f"{folder}/absent")
