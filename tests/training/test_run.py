@@ -69,8 +69,8 @@ def weights(output):
 
 def last_state(output):
     """What the last checkpoint of a run holds."""
-    newest = max(Path(output, "checkpoints").glob("checkpoint_*"))
-    return torch.load(newest / "learner.pt", weights_only=True)
+    newest = max(Path(output, "checkpoints").glob("checkpoint_*/learner.pt"))
+    return torch.load(newest, weights_only=True)
 
 
 def assert_same_run(output, other):
