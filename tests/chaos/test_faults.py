@@ -83,7 +83,6 @@ def test_a_fifth_of_all_requests_may_go_wrong(undisturbed, tmp_path, monkeypatch
         store.get("bucket/out/", f"{tmp_path}/out/", recursive=True)
         check_same(replace(setting, folder=str(tmp_path / "out")), whole)
     report = json.loads((tmp_path / "out/_run/report.json").read_text())
-    assert (
-        report["num_retries"] >= proxy.faults.total() / 2
-    )  # those of a reader that had no image yet go uncounted
+    # The HTTP client repeats some resets by itself, and the last faults come after the report.
+    assert report["num_retries"] >= (proxy.faults["slow down"] + proxy.faults["cut"]) / 2
     assert report["num_failed"] == 4  # the broken ones
