@@ -41,7 +41,7 @@ def cluster(tmp_path):
     head = subprocess.Popen(
         [BIN / "ray", "start", "--head", "--block", f"--port={port}", "--num-cpus=2", "--disable-usage-stats",
          "--dashboard-host=127.0.0.1", f"--dashboard-port={dashboard}", "--node-ip-address=127.0.0.1",
-         # The usual port belongs to the Ray of this test session, and an agent without its port takes no jobs.
+         # The usual port is taken by this test session's Ray, and an agent without its port takes no jobs.
          f"--dashboard-agent-listen-port={agent}"],
         env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
     )  # fmt: skip
