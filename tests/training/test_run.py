@@ -84,8 +84,9 @@ def assert_same_run(output, other):
 
 
 def wait_for_checkpoint(output):
+    """Until one is on record: its files alone don't count."""
     deadline = time.monotonic() + 200
-    while not list(Path(output, "checkpoints").glob("checkpoint_*/position.json")):
+    while not last_position(output).step:
         assert time.monotonic() < deadline, "no checkpoint came"
         time.sleep(0.05)
 
@@ -166,8 +167,9 @@ def test_a_driver_that_is_killed_goes_on_with_the_same_command(whole, folder):
 
 
 def test_two_workers_see_the_batches_that_one_sees(whole, folder):
-    config = flags(folder, "two", workers=2, epochs=2)
-    alone = flags(folder, "one", epochs=2)
+    # Not AdamW: its first steps are the signs of gradients, so rounding of those near zero shows.
+    sgd = {"optimizer": "sgd", "lr": 1e-3, "epochs": 2}
+    config, alone = flags(folder, "two", workers=2, **sgd), flags(folder, "one", **sgd)
     train(config)
     train(alone)
     two, one = last_state(config.output), last_state(alone.output)
