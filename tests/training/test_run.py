@@ -166,7 +166,7 @@ def test_a_driver_that_is_killed_goes_on_with_the_same_command(whole, folder):
     assert_same_run(config.output, whole[0].output)
 
 
-def test_two_workers_see_the_batches_that_one_sees(whole, folder):
+def test_two_workers_see_the_batches_that_one_sees(folder):
     # Not AdamW: its first steps are the signs of gradients, so rounding of those near zero shows.
     sgd = {"optimizer": "sgd", "lr": 1e-3, "epochs": 2}
     config, alone = flags(folder, "two", workers=2, **sgd), flags(folder, "one", **sgd)
