@@ -71,10 +71,8 @@ class ReadSettings:
 
     @property
     def image_bytes(self) -> int:
- Twice the input leaves the resize enough to work on; the effect on AP of large photographs is not
-"""Of one resized image."""
- Twice the input leaves the resize enough to work on; the effect on AP of large photographs is not
-return self.height * self.width * 3
+        """Of one resized image."""
+        return self.height * self.width * 3
 
 
 # ---- reader ------------------------------------------------------------------------------------------
@@ -91,31 +89,19 @@ def read_blocks(work: Sequence[Work], settings: ReadSettings) -> Iterator[pa.Tab
     before = time.perf_counter()
     decode = ChildDecoder(settings) if settings.isolated else WatchedDecoder(settings)
     for raw in _read_ahead(work, settings):
- Twice the input leaves the resize enough to work on; the effect on AP of large photographs is not
-read_s = time.perf_counter() - before
- Twice the input leaves the resize enough to work on; the effect on AP of large photographs is not
-row, pixels = decode(raw)
- Twice the input leaves the resize enough to work on; the effect on AP of large photographs is not
-row["num_retries"], retries = storage.num_retries() - retries, storage.num_retries()
- Twice the input leaves the resize enough to work on; the effect on AP of large photographs is not
-row["read_s"] = read_s
- Twice the input leaves the resize enough to work on; the effect on AP of large photographs is not
-if pixels is not None:
- Twice the input leaves the resize enough to work on; the effect on AP of large photographs is not
-    images[len(rows)] = pixels
- Twice the input leaves the resize enough to work on; the effect on AP of large photographs is not
-rows.append(row)
- Twice the input leaves the resize enough to work on; the effect on AP of large photographs is not
-if len(rows) == settings.images_per_block:
- Twice the input leaves the resize enough to work on; the effect on AP of large photographs is not
-    yield _block(rows, images)
- Twice the input leaves the resize enough to work on; the effect on AP of large photographs is not
-    rows, images = [], _blank(settings)
- Twice the input leaves the resize enough to work on; the effect on AP of large photographs is not
-before = time.perf_counter()
+        read_s = time.perf_counter() - before
+        row, pixels = decode(raw)
+        row["num_retries"], retries = storage.num_retries() - retries, storage.num_retries()
+        row["read_s"] = read_s
+        if pixels is not None:
+            images[len(rows)] = pixels
+        rows.append(row)
+        if len(rows) == settings.images_per_block:
+            yield _block(rows, images)
+            rows, images = [], _blank(settings)
+        before = time.perf_counter()
     if rows:
- Twice the input leaves the resize enough to work on; the effect on AP of large photographs is not
-yield _block(rows, images[: len(rows)])
+        yield _block(rows, images[: len(rows)])
 
 
 def _blank(settings: ReadSettings) -> np.ndarray:
@@ -133,44 +119,27 @@ def _decode(raw: RawImage, settings: ReadSettings) -> tuple[dict[str, object], n
     """The row of one image and its resized pixels; None where it failed."""
     start = time.perf_counter()
     row: dict[str, object] = {
- Twice the input leaves the resize enough to work on; the effect on AP of large photographs is not
-"image_id": raw.image_id, "uri": raw.uri, "shard": raw.shard, "shard_index": raw.shard_index,
- Twice the input leaves the resize enough to work on; the effect on AP of large photographs is not
-"shard_size": raw.shard_size, "width": 0, "height": 0, "num_bytes": raw.num_bytes,
- Twice the input leaves the resize enough to work on; the effect on AP of large photographs is not
-"num_detections": 0, "status": "ok", "error_stage": "", "error_type": "", "error_message": "",
- Twice the input leaves the resize enough to work on; the effect on AP of large photographs is not
-"decode_s": 0.0, "detect_s": 0.0, "num_empty_boxes": 0,
+        "image_id": raw.image_id, "uri": raw.uri, "shard": raw.shard, "shard_index": raw.shard_index,
+        "shard_size": raw.shard_size, "width": 0, "height": 0, "num_bytes": raw.num_bytes,
+        "num_detections": 0, "status": "ok", "error_stage": "", "error_type": "", "error_message": "",
+        "decode_s": 0.0, "detect_s": 0.0, "num_empty_boxes": 0,
     }  # fmt: skip
     try:
- Twice the input leaves the resize enough to work on; the effect on AP of large photographs is not
-if raw.error:
- Twice the input leaves the resize enough to work on; the effect on AP of large photographs is not
-    raise raw.error
- Twice the input leaves the resize enough to work on; the effect on AP of large photographs is not
-# Twice the input leaves the resize enough to work on; the effect on AP of large photographs is not
- Twice the input leaves the resize enough to work on; the effect on AP of large photographs is not
-# measured yet, and the usual 640x480 are never reduced.
- Twice the input leaves the resize enough to work on; the effect on AP of large photographs is not
-enough = (2 * settings.width, 2 * settings.height) if settings.reduced_decode else None
- Twice the input leaves the resize enough to work on; the effect on AP of large photographs is not
-decoded = decode_image(raw.data or b"", max_pixels=settings.max_pixels, min_size=enough)
- Twice the input leaves the resize enough to work on; the effect on AP of large photographs is not
-pixels = resize_image(
- Twice the input leaves the resize enough to work on; the effect on AP of large photographs is not
-    decoded.pixels, height=settings.height, width=settings.width, rule=settings.resize_rule
- Twice the input leaves the resize enough to work on; the effect on AP of large photographs is not
-)
+        if raw.error:
+            raise raw.error
+        # Twice the input leaves the resize enough to work on: benchmarks/reduced_decode.py, AP .374 against
+        # .372 at full size. The usual 640x480 are never reduced.
+        enough = (2 * settings.width, 2 * settings.height) if settings.reduced_decode else None
+        decoded = decode_image(raw.data or b"", max_pixels=settings.max_pixels, min_size=enough)
+        pixels = resize_image(
+            decoded.pixels, height=settings.height, width=settings.width, rule=settings.resize_rule
+        )
     except ImageError as error:
- Twice the input leaves the resize enough to work on; the effect on AP of large photographs is not
-row.update(_failure(error.stage, error.kind, str(error)))
- Twice the input leaves the resize enough to work on; the effect on AP of large photographs is not
-return row, None
+        row.update(_failure(error.stage, error.kind, str(error)))
+        return row, None
     except Exception as error:  # the per-image boundary: a decoder's own bug costs one image
- Twice the input leaves the resize enough to work on; the effect on AP of large photographs is not
-row.update(_failure("decode", type(error).__name__, str(error)))
- Twice the input leaves the resize enough to work on; the effect on AP of large photographs is not
-return row, None
+        row.update(_failure("decode", type(error).__name__, str(error)))
+        return row, None
     row.update(width=decoded.width, height=decoded.height, decode_s=time.perf_counter() - start)
     return row, pixels
 
@@ -183,51 +152,33 @@ class WatchedDecoder:
     """
 
     def __init__(self, settings: ReadSettings) -> None:
- Twice the input leaves the resize enough to work on; the effect on AP of large photographs is not
-self._settings = settings
- Twice the input leaves the resize enough to work on; the effect on AP of large photographs is not
-self._current: tuple[float, str] | None = None
- Twice the input leaves the resize enough to work on; the effect on AP of large photographs is not
-threading.Thread(target=_watch, args=(weakref.ref(self),), name="decode-watch", daemon=True).start()
+        self._settings = settings
+        self._current: tuple[float, str] | None = None
+        threading.Thread(target=_watch, args=(weakref.ref(self),), name="decode-watch", daemon=True).start()
 
     def __call__(self, raw: RawImage) -> tuple[dict[str, object], np.ndarray | None]:
- Twice the input leaves the resize enough to work on; the effect on AP of large photographs is not
-"""The row of one image and its pixels, as `_decode`."""
- Twice the input leaves the resize enough to work on; the effect on AP of large photographs is not
-self._current = (time.monotonic(), raw.image_id)
- Twice the input leaves the resize enough to work on; the effect on AP of large photographs is not
-try:
- Twice the input leaves the resize enough to work on; the effect on AP of large photographs is not
-    return _decode(raw, self._settings)
- Twice the input leaves the resize enough to work on; the effect on AP of large photographs is not
-finally:
- Twice the input leaves the resize enough to work on; the effect on AP of large photographs is not
-    self._current = None
+        """The row of one image and its pixels, as `_decode`."""
+        self._current = (time.monotonic(), raw.image_id)
+        try:
+            return _decode(raw, self._settings)
+        finally:
+            self._current = None
 
     def stuck_in(self) -> str | None:
- Twice the input leaves the resize enough to work on; the effect on AP of large photographs is not
-"""The image that takes too long."""
- Twice the input leaves the resize enough to work on; the effect on AP of large photographs is not
-current = self._current
- Twice the input leaves the resize enough to work on; the effect on AP of large photographs is not
-too_long = current and time.monotonic() - current[0] > self._settings.max_decode_s
- Twice the input leaves the resize enough to work on; the effect on AP of large photographs is not
-return current[1] if current and too_long else None
+        """The image that takes too long."""
+        current = self._current
+        too_long = current and time.monotonic() - current[0] > self._settings.max_decode_s
+        return current[1] if current and too_long else None
 
 
 def _watch(decoder: "weakref.ref[WatchedDecoder]") -> None:
     """Look every second, until the decoder is gone."""
     while (alive := decoder()) is not None:
- Twice the input leaves the resize enough to work on; the effect on AP of large photographs is not
-if image := alive.stuck_in():
- Twice the input leaves the resize enough to work on; the effect on AP of large photographs is not
-    print(f"decoding {image} takes too long; the reader ends itself", flush=True)
- Twice the input leaves the resize enough to work on; the effect on AP of large photographs is not
-    os._exit(1)
- Twice the input leaves the resize enough to work on; the effect on AP of large photographs is not
-del alive
- Twice the input leaves the resize enough to work on; the effect on AP of large photographs is not
-time.sleep(1)
+        if image := alive.stuck_in():
+            print(f"decoding {image} takes too long; the reader ends itself", flush=True)
+            os._exit(1)
+        del alive
+        time.sleep(1)
 
 
 class ChildDecoder:
@@ -237,50 +188,30 @@ class ChildDecoder:
     """
 
     def __init__(self, settings: ReadSettings) -> None:
- Twice the input leaves the resize enough to work on; the effect on AP of large photographs is not
-self._settings = settings
- Twice the input leaves the resize enough to work on; the effect on AP of large photographs is not
-self._child: ProcessPoolExecutor | None = None
+        self._settings = settings
+        self._child: ProcessPoolExecutor | None = None
 
     def __call__(self, raw: RawImage) -> tuple[dict[str, object], np.ndarray | None]:
- Twice the input leaves the resize enough to work on; the effect on AP of large photographs is not
-"""The row of one image and its pixels, as `_decode`."""
- Twice the input leaves the resize enough to work on; the effect on AP of large photographs is not
-limit_s = self._settings.max_decode_s
- Twice the input leaves the resize enough to work on; the effect on AP of large photographs is not
-if self._child is None:
- Twice the input leaves the resize enough to work on; the effect on AP of large photographs is not
-    self._child = ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn"))
- Twice the input leaves the resize enough to work on; the effect on AP of large photographs is not
-    self._child.submit(os.getpid).result()  # its start doesn't count
- Twice the input leaves the resize enough to work on; the effect on AP of large photographs is not
-try:
- Twice the input leaves the resize enough to work on; the effect on AP of large photographs is not
-    return self._child.submit(_decode, raw, self._settings).result(limit_s)
- Twice the input leaves the resize enough to work on; the effect on AP of large photographs is not
-except (BrokenProcessPool, TimeoutError) as error:
- Twice the input leaves the resize enough to work on; the effect on AP of large photographs is not
-    self._stop()
- Twice the input leaves the resize enough to work on; the effect on AP of large photographs is not
-    killed = isinstance(error, BrokenProcessPool)
- Twice the input leaves the resize enough to work on; the effect on AP of large photographs is not
-    what = "the process that decoded it died" if killed else f"decoding took over {limit_s:g} s"
- Twice the input leaves the resize enough to work on; the effect on AP of large photographs is not
-    lost = replace(raw, error=ImageError(what, kind="ProcessDied" if killed else "TimedOut"))
- Twice the input leaves the resize enough to work on; the effect on AP of large photographs is not
-    return _decode(lost, self._settings)
+        """The row of one image and its pixels, as `_decode`."""
+        limit_s = self._settings.max_decode_s
+        if self._child is None:
+            self._child = ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn"))
+            self._child.submit(os.getpid).result()  # its start doesn't count
+        try:
+            return self._child.submit(_decode, raw, self._settings).result(limit_s)
+        except (BrokenProcessPool, TimeoutError) as error:
+            self._stop()
+            killed = isinstance(error, BrokenProcessPool)
+            what = "the process that decoded it died" if killed else f"decoding took over {limit_s:g} s"
+            lost = replace(raw, error=ImageError(what, kind="ProcessDied" if killed else "TimedOut"))
+            return _decode(lost, self._settings)
 
     def _stop(self) -> None:
- Twice the input leaves the resize enough to work on; the effect on AP of large photographs is not
-if self._child is not None:
- Twice the input leaves the resize enough to work on; the effect on AP of large photographs is not
-    for process in list((self._child._processes or {}).values()):  # no public way to stop a stuck one
- Twice the input leaves the resize enough to work on; the effect on AP of large photographs is not
-        process.kill()
- Twice the input leaves the resize enough to work on; the effect on AP of large photographs is not
-    self._child.shutdown(wait=True)
- Twice the input leaves the resize enough to work on; the effect on AP of large photographs is not
-self._child = None
+        if self._child is not None:
+            for process in list((self._child._processes or {}).values()):  # no public way to stop a stuck one
+                process.kill()
+            self._child.shutdown(wait=True)
+        self._child = None
 
 
 def _failure(stage: str, kind: str, message: str) -> dict[str, str]:
@@ -291,35 +222,23 @@ def _failure(stage: str, kind: str, message: str) -> dict[str, str]:
 def _read_ahead(work: Sequence[Work], settings: ReadSettings) -> Iterator[RawImage]:
     """The images of all shards, in order; the next shards are opened in the background meanwhile."""
     with ThreadPoolExecutor(IMAGES_AHEAD) as pool:
- Twice the input leaves the resize enough to work on; the effect on AP of large photographs is not
-opened: deque[Future[Iterator[RawImage]]] = deque()
- Twice the input leaves the resize enough to work on; the effect on AP of large photographs is not
-waiting = iter(work)
- Twice the input leaves the resize enough to work on; the effect on AP of large photographs is not
-for current in work:
- Twice the input leaves the resize enough to work on; the effect on AP of large photographs is not
-    depth = IMAGES_AHEAD if current.shard.kind == "image" else SHARDS_AHEAD
- Twice the input leaves the resize enough to work on; the effect on AP of large photographs is not
-    while len(opened) <= depth and (item := next(waiting, None)):
- Twice the input leaves the resize enough to work on; the effect on AP of large photographs is not
-        opened.append(pool.submit(_open, item, settings))
- Twice the input leaves the resize enough to work on; the effect on AP of large photographs is not
-    yield from _or_failed_row(opened.popleft(), current)
+        opened: deque[Future[Iterator[RawImage]]] = deque()
+        waiting = iter(work)
+        for current in work:
+            depth = IMAGES_AHEAD if current.shard.kind == "image" else SHARDS_AHEAD
+            while len(opened) <= depth and (item := next(waiting, None)):
+                opened.append(pool.submit(_open, item, settings))
+            yield from _or_failed_row(opened.popleft(), current)
 
 
 def _open(work: Work, settings: ReadSettings) -> Iterator[RawImage]:
     """Fetch and index the shard: done by `read_shard` before its first row."""
     rows = read_shard(
- Twice the input leaves the resize enough to work on; the effect on AP of large photographs is not
-work.shard,
- Twice the input leaves the resize enough to work on; the effect on AP of large photographs is not
-image_column=settings.image_column,
- Twice the input leaves the resize enough to work on; the effect on AP of large photographs is not
-id_column=settings.id_column,
- Twice the input leaves the resize enough to work on; the effect on AP of large photographs is not
-skip=work.skip,
- Twice the input leaves the resize enough to work on; the effect on AP of large photographs is not
-max_image_bytes=settings.max_image_bytes,
+        work.shard,
+        image_column=settings.image_column,
+        id_column=settings.id_column,
+        skip=work.skip,
+        max_image_bytes=settings.max_image_bytes,
     )
     first = next(rows, None)
     return iter(()) if first is None else _chain(first, rows)
@@ -333,44 +252,29 @@ def _chain(first: RawImage, rest: Iterator[RawImage]) -> Iterator[RawImage]:
 def _or_failed_row(opened: Future[Iterator[RawImage]], work: Work) -> Iterator[RawImage]:
     """The shard's images, or one failed row for a shard that is empty, or can't be opened or counted."""
     try:
- Twice the input leaves the resize enough to work on; the effect on AP of large photographs is not
-rows = opened.result()
- Twice the input leaves the resize enough to work on; the effect on AP of large photographs is not
-first = next(rows, None)
- Twice the input leaves the resize enough to work on; the effect on AP of large photographs is not
-if first is None and not work.skip:
- Twice the input leaves the resize enough to work on; the effect on AP of large photographs is not
-    raise ShardError("the shard holds no images")
+        rows = opened.result()
+        first = next(rows, None)
+        if first is None and not work.skip:
+            raise ShardError("the shard holds no images")
     except (ShardError, StorageError) as error:
- Twice the input leaves the resize enough to work on; the effect on AP of large photographs is not
-yield _failed_shard(work.shard, error)
- Twice the input leaves the resize enough to work on; the effect on AP of large photographs is not
-return
+        yield _failed_shard(work.shard, error)
+        return
     if first is not None:
- Twice the input leaves the resize enough to work on; the effect on AP of large photographs is not
-yield first
+        yield first
     yield from rows
 
 
 def _failed_shard(shard: Shard, error: Exception) -> RawImage:
     loose = shard.kind == "image"  # a shard of one is counted, whatever happens to it
     return RawImage(
- Twice the input leaves the resize enough to work on; the effect on AP of large photographs is not
-image_id=shard.name,
- Twice the input leaves the resize enough to work on; the effect on AP of large photographs is not
-uri=shard.uri,
- Twice the input leaves the resize enough to work on; the effect on AP of large photographs is not
-shard=shard.name,
- Twice the input leaves the resize enough to work on; the effect on AP of large photographs is not
-shard_index=0 if loose else -1,
- Twice the input leaves the resize enough to work on; the effect on AP of large photographs is not
-shard_size=1 if loose else 0,
- Twice the input leaves the resize enough to work on; the effect on AP of large photographs is not
-data=None,
- Twice the input leaves the resize enough to work on; the effect on AP of large photographs is not
-error=ImageError(str(error), stage="read", kind=type(error).__name__),
- Twice the input leaves the resize enough to work on; the effect on AP of large photographs is not
-annotation=None,
+        image_id=shard.name,
+        uri=shard.uri,
+        shard=shard.name,
+        shard_index=0 if loose else -1,
+        shard_size=1 if loose else 0,
+        data=None,
+        error=ImageError(str(error), stage="read", kind=type(error).__name__),
+        annotation=None,
     )
 
 
@@ -384,69 +288,40 @@ class DetectImages:
     """
 
     def __init__(
- Twice the input leaves the resize enough to work on; the effect on AP of large photographs is not
-self, weights: bytes, device: str, thresholds: Mapping[int, float], batch_size: int, threads: int
+        self, weights: bytes, device: str, thresholds: Mapping[int, float], batch_size: int, threads: int
     ) -> None:
- Twice the input leaves the resize enough to work on; the effect on AP of large photographs is not
-import torch  # seconds to import, and readers of PNG files don't need it
+        import torch  # seconds to import, and readers of PNG files don't need it
 
- Twice the input leaves the resize enough to work on; the effect on AP of large photographs is not
-from pipeline.model.detector import Detector
+        from pipeline.model.detector import Detector
 
- Twice the input leaves the resize enough to work on; the effect on AP of large photographs is not
-if threads:
- Twice the input leaves the resize enough to work on; the effect on AP of large photographs is not
-    torch.set_num_threads(threads)
- Twice the input leaves the resize enough to work on; the effect on AP of large photographs is not
-self.batch_size = batch_size
- Twice the input leaves the resize enough to work on; the effect on AP of large photographs is not
-with tempfile.NamedTemporaryFile(suffix=".weights") as file:
- Twice the input leaves the resize enough to work on; the effect on AP of large photographs is not
-    file.write(weights)
- Twice the input leaves the resize enough to work on; the effect on AP of large photographs is not
-    file.flush()
- Twice the input leaves the resize enough to work on; the effect on AP of large photographs is not
-    self.detector = Detector(file.name, device=device, score_threshold=_lowest(thresholds))
- Twice the input leaves the resize enough to work on; the effect on AP of large photographs is not
-self._thresholds = np.zeros(max(self.detector.spec.label_ids, default=0) + 1)
- Twice the input leaves the resize enough to work on; the effect on AP of large photographs is not
-if len(set(thresholds.values())) > 1:
- Twice the input leaves the resize enough to work on; the effect on AP of large photographs is not
-    self._thresholds[list(thresholds)] = list(thresholds.values())
+        if threads:
+            torch.set_num_threads(threads)
+        self.batch_size = batch_size
+        with tempfile.NamedTemporaryFile(suffix=".weights") as file:
+            file.write(weights)
+            file.flush()
+            self.detector = Detector(file.name, device=device, score_threshold=_lowest(thresholds))
+        self._thresholds = np.zeros(max(self.detector.spec.label_ids, default=0) + 1)
+        if len(set(thresholds.values())) > 1:
+            self._thresholds[list(thresholds)] = list(thresholds.values())
 
     def __call__(self, block: pa.Table) -> pa.Table:
- Twice the input leaves the resize enough to work on; the effect on AP of large photographs is not
-"""Detect in the good images of `block`, `batch_size` at a time."""
- Twice the input leaves the resize enough to work on; the effect on AP of large photographs is not
-images = block["image"].combine_chunks()
- Twice the input leaves the resize enough to work on; the effect on AP of large photographs is not
-pixels = images.to_numpy_ndarray() if len(images) else np.zeros((0, 1, 1, 3), np.uint8)
- Twice the input leaves the resize enough to work on; the effect on AP of large photographs is not
-sizes_N2 = np.stack([block["width"].to_numpy(), block["height"].to_numpy()], axis=1)
- Twice the input leaves the resize enough to work on; the effect on AP of large photographs is not
-good = np.flatnonzero(sizes_N2[:, 0] > 0)
- Twice the input leaves the resize enough to work on; the effect on AP of large photographs is not
-start = time.perf_counter()
- Twice the input leaves the resize enough to work on; the effect on AP of large photographs is not
-found = []
- Twice the input leaves the resize enough to work on; the effect on AP of large photographs is not
-num_empty = 0
- Twice the input leaves the resize enough to work on; the effect on AP of large photographs is not
-for rows in np.split(good, range(self.batch_size, len(good), self.batch_size)):
- Twice the input leaves the resize enough to work on; the effect on AP of large photographs is not
-    if len(rows):
- Twice the input leaves the resize enough to work on; the effect on AP of large photographs is not
-        batch = self.detector(pixels[rows], sizes_N2[rows])
- Twice the input leaves the resize enough to work on; the effect on AP of large photographs is not
-        num_empty += int((~batch.has_area).sum())
- Twice the input leaves the resize enough to work on; the effect on AP of large photographs is not
-        batch = replace(batch, image_index=rows[batch.image_index])
- Twice the input leaves the resize enough to work on; the effect on AP of large photographs is not
-        found.append(_only(batch, batch.has_area & (batch.scores >= self._thresholds[batch.labels])))
- Twice the input leaves the resize enough to work on; the effect on AP of large photographs is not
-seconds = (time.perf_counter() - start) / max(len(good), 1)
- Twice the input leaves the resize enough to work on; the effect on AP of large photographs is not
-return with_detections(block, found, seconds, good, num_empty=num_empty)
+        """Detect in the good images of `block`, `batch_size` at a time."""
+        images = block["image"].combine_chunks()
+        pixels = images.to_numpy_ndarray() if len(images) else np.zeros((0, 1, 1, 3), np.uint8)
+        sizes_N2 = np.stack([block["width"].to_numpy(), block["height"].to_numpy()], axis=1)
+        good = np.flatnonzero(sizes_N2[:, 0] > 0)
+        start = time.perf_counter()
+        found = []
+        num_empty = 0
+        for rows in np.split(good, range(self.batch_size, len(good), self.batch_size)):
+            if len(rows):
+                batch = self.detector(pixels[rows], sizes_N2[rows])
+                num_empty += int((~batch.has_area).sum())
+                batch = replace(batch, image_index=rows[batch.image_index])
+                found.append(_only(batch, batch.has_area & (batch.scores >= self._thresholds[batch.labels])))
+        seconds = (time.perf_counter() - start) / max(len(good), 1)
+        return with_detections(block, found, seconds, good, num_empty=num_empty)
 
 
 def _lowest(thresholds: Mapping[int, float]) -> float:
@@ -457,16 +332,11 @@ def _lowest(thresholds: Mapping[int, float]) -> float:
 
 def _only(found: "Found", keep: np.ndarray) -> "Found":
     return replace(
- Twice the input leaves the resize enough to work on; the effect on AP of large photographs is not
-found,
- Twice the input leaves the resize enough to work on; the effect on AP of large photographs is not
-image_index=found.image_index[keep],
- Twice the input leaves the resize enough to work on; the effect on AP of large photographs is not
-boxes=found.boxes[keep],
- Twice the input leaves the resize enough to work on; the effect on AP of large photographs is not
-scores=found.scores[keep],
- Twice the input leaves the resize enough to work on; the effect on AP of large photographs is not
-labels=found.labels[keep],
+        found,
+        image_index=found.image_index[keep],
+        boxes=found.boxes[keep],
+        scores=found.scores[keep],
+        labels=found.labels[keep],
     )
 
 
@@ -491,12 +361,10 @@ def with_detections(
     empty[:1] = num_empty
     changed = {"num_detections": counts, "detect_s": detect_s, "num_empty_boxes": empty}
     for name, column in changed.items():
- Twice the input leaves the resize enough to work on; the effect on AP of large photographs is not
-block = block.set_column(block.schema.get_field_index(name), name, pa.array(column))
+        block = block.set_column(block.schema.get_field_index(name), name, pa.array(column))
     block = block.drop_columns(["image"])
     for name, column in values.items():
- Twice the input leaves the resize enough to work on; the effect on AP of large photographs is not
-block = block.append_column(name, pa.ListArray.from_arrays(offsets, column).cast(_LISTS[name]))
+        block = block.append_column(name, pa.ListArray.from_arrays(offsets, column).cast(_LISTS[name]))
     return block
 
 
@@ -507,10 +375,8 @@ def to_tables(block: pa.Table, class_names: dict[int, str]) -> tuple[pa.Table, p
     """Split a detected block into the two tables of the output contract: images and detections.
 
     Args:
- Twice the input leaves the resize enough to work on; the effect on AP of large photographs is not
-block: what `DetectImages` returns.
- Twice the input leaves the resize enough to work on; the effect on AP of large photographs is not
-class_names: class name by data-set id.
+        block: what `DetectImages` returns.
+        class_names: class name by data-set id.
     """
     counts = block["num_detections"].to_numpy()
     row = np.repeat(np.arange(len(block)), counts)
@@ -521,28 +387,17 @@ class_names: class name by data-set id.
     names = pa.array([class_names[label] for label in ids.tolist()], pa.string())
     of_image = block.select(["image_id", "width", "height"]).take(row)
     columns = {
- Twice the input leaves the resize enough to work on; the effect on AP of large photographs is not
-"image_id": of_image["image_id"].combine_chunks().dictionary_encode(),
- Twice the input leaves the resize enough to work on; the effect on AP of large photographs is not
-"detection_id": pa.array(rank.astype(np.int32)),
- Twice the input leaves the resize enough to work on; the effect on AP of large photographs is not
-"label": pa.array(labels),
- Twice the input leaves the resize enough to work on; the effect on AP of large photographs is not
-"class_name": pa.DictionaryArray.from_arrays(pa.array(codes.astype(np.int32)), names),
- Twice the input leaves the resize enough to work on; the effect on AP of large photographs is not
-"score": pa.array(_flat(block, "scores", np.float32)),
- Twice the input leaves the resize enough to work on; the effect on AP of large photographs is not
-"xmin": pa.array(boxes[:, 0]),
- Twice the input leaves the resize enough to work on; the effect on AP of large photographs is not
-"ymin": pa.array(boxes[:, 1]),
- Twice the input leaves the resize enough to work on; the effect on AP of large photographs is not
-"xmax": pa.array(boxes[:, 2]),
- Twice the input leaves the resize enough to work on; the effect on AP of large photographs is not
-"ymax": pa.array(boxes[:, 3]),
- Twice the input leaves the resize enough to work on; the effect on AP of large photographs is not
-"image_width": of_image["width"],
- Twice the input leaves the resize enough to work on; the effect on AP of large photographs is not
-"image_height": of_image["height"],
+        "image_id": of_image["image_id"].combine_chunks().dictionary_encode(),
+        "detection_id": pa.array(rank.astype(np.int32)),
+        "label": pa.array(labels),
+        "class_name": pa.DictionaryArray.from_arrays(pa.array(codes.astype(np.int32)), names),
+        "score": pa.array(_flat(block, "scores", np.float32)),
+        "xmin": pa.array(boxes[:, 0]),
+        "ymin": pa.array(boxes[:, 1]),
+        "xmax": pa.array(boxes[:, 2]),
+        "ymax": pa.array(boxes[:, 3]),
+        "image_width": of_image["width"],
+        "image_height": of_image["height"],
     }
     detections = pa.table(columns).cast(schema.DETECTIONS)
     return block.select(schema.IMAGES.names).cast(schema.IMAGES), detections
@@ -552,6 +407,5 @@ def _flat(block: pa.Table, name: str, dtype: type) -> np.ndarray:
     """All values of a list column, end to end."""
     values = block[name].combine_chunks().flatten()
     if name == "boxes":
- Twice the input leaves the resize enough to work on; the effect on AP of large photographs is not
-values = values.flatten()
+        values = values.flatten()
     return values.to_numpy(zero_copy_only=False).astype(dtype, copy=False)
