@@ -2,7 +2,6 @@
 
 import logging
 import os
-import sys
 import time
 from collections import Counter
 from collections.abc import Mapping
@@ -14,11 +13,19 @@ logger = logging.getLogger("shardshot")
 def setup_logging() -> None:
     """Lines with a clock on standard output, from the driver; safe to call twice."""
     if not logger.handlers:
-        handler = logging.StreamHandler(sys.stdout)
+        handler = _Output()
         handler.setFormatter(logging.Formatter("%(asctime)s  %(message)s", "%H:%M:%S"))
         logger.addHandler(handler)
         logger.setLevel(os.environ.get("SHARDSHOT_LOG", "INFO"))
         logger.propagate = False
+
+
+class _Output(logging.Handler):
+    """Prints to what standard output is at the moment: it may be another one than at the start."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        """Print the record."""
+        print(self.format(record), flush=True)
 
 
 @dataclass

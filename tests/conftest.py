@@ -3,6 +3,7 @@
 from pathlib import Path
 
 import pytest
+from s3fs import S3FileSystem
 
 SHARED = Path(__file__).resolve().parents[2] / "shared"
 
@@ -19,3 +20,9 @@ def shared(path: str) -> Path:
 def shared_data():
     """The function `shared` as a fixture."""
     return shared
+
+
+@pytest.fixture(autouse=True)
+def fresh_clients():
+    """s3fs keeps one client per set of arguments, and every test has a server of its own."""
+    S3FileSystem.clear_instance_cache()

@@ -4,7 +4,6 @@ import errno
 import threading
 
 import pytest
-from s3fs import S3FileSystem
 
 from pipeline import storage
 from pipeline.errors import StorageError
@@ -15,12 +14,6 @@ from tests import servers
 def s3():
     with servers.moto() as environment:
         yield environment
-
-
-@pytest.fixture(autouse=True)
-def fresh_clients():
-    """s3fs keeps one client per set of arguments; here the environment changes between tests."""
-    S3FileSystem.clear_instance_cache()
 
 
 @pytest.fixture(params=["local", "s3"])

@@ -6,6 +6,7 @@ from contextlib import contextmanager
 from typing import Any
 
 import ray
+import ray.exceptions
 from ray.util.metrics import Counter as MetricCounter
 from ray.util.metrics import Gauge as MetricGauge
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
@@ -88,14 +89,30 @@ def progress_of(plan: Plan) -> Progress:
     )
 
 
+def _start(progress: Progress, max_failed_fraction: float, weights: bytes) -> Any:
+    """A monitor that runs, on the driver's node: the loss of another one must not end the run.
+
+    A young cluster cancelled one before it ran, for references that were not gone.
+    """
+    here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
+    for last in (False, False, True):
+        monitor: Any = Monitor.options(scheduling_strategy=here).remote(
+            progress, max_failed_fraction, weights
+        )
+        try:
+            ray.get(monitor.begin.remote())
+        except ray.exceptions.ActorDiedError:
+            if last:
+                raise
+        else:
+            return monitor
+    raise AssertionError("unreachable")
+
+
 @contextmanager
 def monitoring(progress: Progress, config: InferConfig, weights: bytes) -> Iterator[Any]:
     """A monitor, and a thread that prints its progress line every few seconds."""
-    # On the driver's node: the loss of another one must not end the run.
-    here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
-    monitor: Any = Monitor.options(scheduling_strategy=here).remote(
-        progress, config.max_failed_fraction, weights
-    )
+    monitor = _start(progress, config.max_failed_fraction, weights)
     stop = threading.Event()
 
     def report() -> None:

@@ -226,13 +226,16 @@ def prepare(config: TrainConfig) -> Prepared:
 
 
 def choose_device(config: TrainConfig) -> str:
-    """Where workers train. Raises: ConfigError where the cluster has too few GPUs."""
+    """Where workers train. Raises: ConfigError: too few GPUs in the cluster, or bfloat16 without any."""
     gpus = int(runtime.cluster_resource("GPU"))
     device = ("cuda" if gpus >= config.workers else "cpu") if config.device == "auto" else config.device
     if device == "cuda" and gpus < config.workers:
         raise ConfigError(
             f"--device cuda: {config.workers} workers need as many GPUs; the cluster has {gpus}"
         )
+    if device == "cpu" and config.precision == "bfloat16":
+        # Of two equal steps one had gradients that were finite but absurd, the other sound ones (torch 2.15).
+        raise ConfigError("--precision bfloat16 needs GPUs: on CPUs its gradients are not reliable")
     return device
 
 

@@ -176,10 +176,12 @@ def test_images_without_objects_can_be_trained_on(tmp_path):
     assert np.isfinite(result.loss)
 
 
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 def test_bfloat16_comes_close_to_float32(tmp_path):
     index, _ = read_set(make_set(tmp_path, 4))
     batch = global_batch(index, 0, batch_size=4)
-    full = new_learner().step(batch, progress=0.5)
-    half = new_learner(Recipe(precision="bfloat16")).step(batch, progress=0.5)
+    full = new_learner(device="cuda").step(batch, progress=0.5)
+    half = new_learner(Recipe(precision="bfloat16"), device="cuda").step(batch, progress=0.5)
     assert half.loss == pytest.approx(full.loss, rel=0.05)
     assert half.num_positives == full.num_positives

@@ -21,7 +21,7 @@ from pipeline.errors import ConfigError, PipelineError
 from pipeline.evaluation.report import measure_run
 from pipeline.inference.run import infer
 from pipeline.model.checkpoint import read_spec
-from pipeline.training.run import dry_run, last_position, train
+from pipeline.training.run import choose_device, dry_run, last_position, train
 from tests.training.makers import make_set, save_small_model
 
 pytestmark = [pytest.mark.ray, pytest.mark.usefixtures("ray_cluster"), pytest.mark.timeout(600)]
@@ -186,3 +186,9 @@ def test_a_loss_that_is_not_finite_ends_the_run_in_one_line(folder):
     safetensors.torch.save_file(broken, folder / "broken.safetensors", metadata=header)
     with pytest.raises(PipelineError, match=r"step 1: the loss is not finite, in the batch of shard-0000"):
         train(flags(folder, "nan", init=str(folder / "broken.safetensors")))
+
+
+def test_bfloat16_without_gpus_is_refused(folder, monkeypatch):
+    monkeypatch.setattr("pipeline.runtime.cluster_resource", lambda name: 0.0)
+    with pytest.raises(ConfigError, match="bfloat16 needs GPUs"):
+        choose_device(flags(folder, "half", precision="bfloat16"))
