@@ -31,7 +31,7 @@ train-demo: $(READY)  ## train on generated pictures for 3 minutes, then detect 
 test: $(READY)  ## every test that needs no GPU
 	$(BIN)/python -m pytest -q
 
-test-fast: $(READY)  ## tests that start no Ray cluster (two to three minutes)
+test-fast: $(READY)  ## tests that start no Ray cluster
 	$(BIN)/python -m pytest -q -m "not ray"
 
 check: $(READY)  ## lint, format, types and import directions
