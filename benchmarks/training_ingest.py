@@ -26,10 +26,11 @@ from torch.utils.data import DataLoader, Dataset
 
 from pipeline import runtime
 from pipeline.config import TrainConfig
+from pipeline.training.feed import Pace, batches, data_config
 from pipeline.training.loop import Learner
 from pipeline.training.order import picks
 from pipeline.training.plan import make_recipe, sample_settings
-from pipeline.training.run import Pace, Prepared, batches_of_run, data_config, prepare
+from pipeline.training.run import Prepared, prepare
 from pipeline.training.samples import Batch, from_row, load_batch
 
 WARM_UP = 10  # batches: processes start and import torch
@@ -57,7 +58,7 @@ def from_ray(prepared: Prepared, count: int) -> Iterator[Batch]:
     spec, plan = prepared.plan.spec, prepared.plan
     rows = ray.put(prepared.tables["train"][0])
     pace: Any = Pace.remote()
-    dataset = batches_of_run(rows, plan, plan.config.output, pace)
+    dataset = batches(rows, plan, first=0, pace=pace)
     options = data_config()._resolve_execution_options("train")
     assert isinstance(options, ExecutionOptions)
     dataset.context.execution_options = options

@@ -49,3 +49,12 @@ class CheckpointError(ConfigError):
 def _image_error(message: str, stage: str, kind: str) -> ImageError:
     """Rebuild an `ImageError` when it is unpickled in another process."""
     return ImageError(message, stage=stage, kind=kind)
+
+
+def own_error(error: BaseException | None) -> PipelineError | None:
+    """The error of this package that a task on another process raised, out of its wrappings."""
+    while error is not None:
+        if isinstance(error, PipelineError):
+            return error
+        error = getattr(error, "cause", None) or error.__cause__
+    return None

@@ -3,10 +3,14 @@
 import logging
 import os
 import warnings
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
+import pyarrow as pa
 import ray
-from ray.data import DataContext
+from ray.data import DataContext, Dataset, Datasource, ReadTask
+from ray.data.block import BlockMetadata
+from ray.util.annotations import RayDeprecationWarning
 
 # glibc gives the large tensors of every forward pass back to the system and takes them again; with this,
 # in a trial, torchvision's ssdlite went from 13-18 to 24-30 images/s on two cores.
@@ -56,3 +60,48 @@ def configure_data(*, block_bytes: int) -> DataContext:
     # A few images need fewer detectors and writers than there may be: nothing to warn of.
     warnings.filterwarnings("ignore", message="The m(in|ax)imum number of concurrent (actors|tasks)")
     return context
+
+
+class TaskSource(Datasource):
+    """Ray Data's view of functions that yield blocks: a task for each."""
+
+    def __init__(self, name: str, readers: Sequence[Callable[[], Iterable[pa.Table]]]) -> None:
+        super().__init__()
+        self._name = name
+        self._readers = readers
+
+    def get_name(self) -> str:
+        """The stage's name in Ray's plan and metrics."""
+        return self._name
+
+    def estimate_inmemory_data_size(self) -> int | None:
+        """Unknown: nothing is opened for planning."""
+        return None
+
+    def get_read_tasks(
+        self, parallelism: int, per_task_row_limit: int | None = None, data_context: Any = None
+    ) -> list[ReadTask]:
+        """One task a function, whatever `parallelism` Ray would like."""
+        unknown = BlockMetadata(num_rows=None, size_bytes=None, input_files=None, exec_stats=None)
+        return [ReadTask(reader, unknown) for reader in self._readers]
+
+
+def read_tasks(
+    name: str, readers: Sequence[Callable[[], Iterable[pa.Table]]], *, num_cpus: float, max_retries: int
+) -> Dataset:
+    """A lazy dataset of the blocks that `readers` yield, in their order.
+
+    Args:
+        name: of the stage, after "Read".
+        readers: one task for each; the same blocks in the same order at every attempt.
+        num_cpus: logical CPUs of a task.
+        max_retries: of a task whose process died; Ray's default is for ever.
+    """
+    with warnings.catch_warnings():  # 2.60 has no other way to bound retries
+        warnings.simplefilter("ignore", RayDeprecationWarning)
+        return ray.data.read_datasource(
+            TaskSource(name, readers),
+            override_num_blocks=len(readers),
+            num_cpus=num_cpus,
+            ray_remote_args={"max_retries": max_retries},
+        )

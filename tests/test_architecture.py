@@ -25,6 +25,8 @@ RAY = {
     "pipeline.inference.monitor",
     "pipeline.inference.run",
     "pipeline.inference.sink",
+    "pipeline.training.board",
+    "pipeline.training.feed",
     "pipeline.training.run",
 }
 STORES = {"pipeline.storage"}

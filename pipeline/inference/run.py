@@ -9,14 +9,13 @@ from typing import Any
 import pyarrow as pa
 import ray
 import ray.exceptions
-from ray.data import ActorPoolStrategy, Dataset, Datasource, ReadTask
-from ray.data.block import BlockMetadata
+from ray.data import ActorPoolStrategy, Dataset
 from ray.util.annotations import RayDeprecationWarning
 
 from pipeline import runtime, storage
 from pipeline.config import InferConfig, flags
 from pipeline.data.shards import list_shards
-from pipeline.errors import BudgetError, ConfigError, PipelineError
+from pipeline.errors import BudgetError, ConfigError, PipelineError, own_error
 from pipeline.inference.blocks import DetectImages, ReadSettings, Work, read_blocks
 from pipeline.inference.ledger import (
     Ledger,
@@ -177,14 +176,15 @@ def detect_shards(
     monitor: Any,
 ) -> Dataset:
     """Read, decode and resize (tasks on CPUs), then detect (an actor pool)."""
+    images = runtime.read_tasks(
+        "Shards",
+        [_reader(number, work, settings, monitor) for number, work in enumerate(tasks)],
+        num_cpus=READER_CPUS,
+        max_retries=RETRIES,
+    )
     with warnings.catch_warnings():  # 2.60 has no other way to bound retries
         warnings.simplefilter("ignore", RayDeprecationWarning)
-        return ray.data.read_datasource(
-            ShardSource(tasks, settings, monitor),
-            override_num_blocks=len(tasks),
-            num_cpus=READER_CPUS,
-            ray_remote_args={"max_retries": RETRIES},
-        ).map_batches(
+        return images.map_batches(
             detector,
             fn_constructor_kwargs=dict(detector_args),
             batch_size=None,  # a block as it is; the detector makes its own batches
@@ -205,34 +205,6 @@ def write_parts(detected: Dataset, target: Target, *, num_writers: int, monitor:
         ray_remote_args={"num_cpus": 0, "max_retries": RETRIES},
         concurrency=num_writers,
     )
-
-
-class ShardSource(Datasource):
-    """Ray Data's view of the shards: a read task for each group of them."""
-
-    def __init__(self, tasks: list[list[Work]], settings: ReadSettings, monitor: Any) -> None:
-        super().__init__()
-        self._tasks = tasks
-        self._settings = settings
-        self._monitor = monitor
-
-    def get_name(self) -> str:
-        """The stage's name in Ray's plan and metrics."""
-        return "Shards"
-
-    def estimate_inmemory_data_size(self) -> int | None:
-        """Unknown: shards are not opened for planning."""
-        return None
-
-    def get_read_tasks(
-        self, parallelism: int, per_task_row_limit: int | None = None, data_context: Any = None
-    ) -> list[ReadTask]:
-        """One task a group, whatever `parallelism` Ray would like."""
-        unknown = BlockMetadata(num_rows=None, size_bytes=None, input_files=None, exec_stats=None)
-        return [
-            ReadTask(_reader(number, work, self._settings, self._monitor), unknown)
-            for number, work in enumerate(self._tasks)
-        ]
 
 
 def _reader(
@@ -318,7 +290,7 @@ def run_passes(
             suspects = ray.get(monitor.unfinished.remote())
             logger.warning("a worker died %d times; going on with its shards image by image", RETRIES + 1)
         except ray.exceptions.RayTaskError as error:
-            if ours := _our_error(error):
+            if ours := own_error(error):
                 raise ours from None
             raise
         missing = still_missing(plan, f"part-{run_name(lock)}.")
@@ -332,15 +304,6 @@ def run_passes(
             f"{len(work)} shards such as {work[0].shard.name} still miss images after {MAX_PASSES} passes; "
             "run the same command again, and jobs/verify.py to see what is missing"
         )
-
-
-def _our_error(error: BaseException | None) -> PipelineError | None:
-    """The error of this package that a task raised, out of Ray's wrappings."""
-    while error is not None:
-        if isinstance(error, PipelineError):
-            return error
-        error = getattr(error, "cause", None) or error.__cause__
-    return None
 
 
 def _last_line(error: BaseException) -> str:

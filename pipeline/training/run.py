@@ -1,23 +1,12 @@
-"""Training on Ray: data tasks make the batches, Ray Train's workers take the steps.
+"""Training on Ray: data tasks make the batches (`feed`), Ray Train's workers take the steps (`session`)."""
 
-One lazy dataset serves the whole run, so no epoch ends with idle workers. Its rows are batches, in the order
-worker 0, worker 1, ... of step 0, then of step 1; a split that keeps the order deals them out one by one.
-Every batch says whose it is, and workers look.
-"""
-
-import asyncio
 import json
 import logging
-import math
 import os
 import tempfile
-import threading
 import time
-import warnings
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import lru_cache, partial
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -29,19 +18,19 @@ import ray.exceptions
 import ray.train
 import ray.train.torch
 import torch
-from ray.data import Dataset, Datasource, ExecutionOptions, ReadTask
-from ray.data.block import BlockMetadata
-from ray.util.annotations import RayDeprecationWarning
+from ray.data import Dataset
 
 from pipeline import runtime, storage
 from pipeline.config import TrainConfig, flags
 from pipeline.data.annotations import Classes
 from pipeline.data.shards import Shard
-from pipeline.errors import ConfigError, PipelineError
+from pipeline.errors import ConfigError, own_error
 from pipeline.inference.lock import Lock
 from pipeline.model.checkpoint import load_checkpoint, save_checkpoint
 from pipeline.model.ssd import SSD
 from pipeline.runlog import duration, logger
+from pipeline.training.board import failure_on, showing
+from pipeline.training.feed import BLOCK_BYTES, DATA_CPUS, Pace, batches, data_config, own_batches
 from pipeline.training.index import (
     index_shards,
     load_index,
@@ -51,19 +40,16 @@ from pipeline.training.index import (
 )
 from pipeline.training.loop import Learner
 from pipeline.training.optimise import freeze
-from pipeline.training.order import picks
 from pipeline.training.plan import (
     Plan,
     initial_model,
     make_plan,
     make_recipe,
     num_frozen,
-    sample_settings,
     shard_classes,
     unchanging_flags,
     usable_rows,
 )
-from pipeline.training.samples import Batch, SampleSettings, from_row, load_batch, to_row
 from pipeline.training.session import Outlets, Position, Schedule, run_steps
 from pipeline.training.validation import check_measurable, ground_truth, load_images, validate
 
@@ -71,13 +57,8 @@ MODEL = "model.safetensors"
 CHECKPOINTS = "checkpoints"
 SHARDS_PER_TASK = 8
 IMAGES_PER_TASK = 256
-MAX_DATA_TASKS = 8_000  # planning takes about 1.5 ms for each
 MAX_FAILURES = 3
-
-# Logical CPUs: data tasks share the cores with workers on the CPU, and must get one on a one-core machine.
-DATA_CPUS, WORKER_CPUS = 0.9, 0.1
-STEPS_AHEAD = 3  # that batches are made before they are needed, besides what each core is at work on
-BLOCK_BYTES = 100_000  # less than any batch, so that each row becomes a block of its own
+WORKER_CPUS = 0.1  # logical: data tasks must get a core, on a machine with one, too
 
 
 @dataclass(frozen=True)
@@ -246,7 +227,7 @@ def read_index(shards: list[Shard], classes: Classes) -> pa.Table:
     try:
         tables = ray.get([task.remote(group, classes) for group in groups])
     except ray.exceptions.RayTaskError as error:
-        if ours := _our_error(error):
+        if ours := own_error(error):
             raise ours from None
         raise
     return pa.concat_tables(tables).unify_dictionaries()
@@ -296,6 +277,8 @@ def fit(prepared: Prepared, *, started: float) -> Position:
     plan, config = prepared.plan, prepared.plan.config
     runtime.configure_data(block_bytes=BLOCK_BYTES)
     before = last_position(config.output)
+    if before.step >= plan.num_steps:
+        return before  # stopped after its last checkpoint
     if before.step:
         logger.info("going on after step %d of %d", before.step, plan.num_steps)
     rows = ray.put(usable_rows(prepared.tables["train"][0], config))
@@ -334,18 +317,23 @@ def fit(prepared: Prepared, *, started: float) -> Position:
                 resources_per_worker={"CPU": WORKER_CPUS} | ({"GPU": 1} if job.device == "cuda" else {}),
             ),
             run_config=run_config(config.output),
-            datasets={"train": partial(batches_of_run, rows, plan, config.output, pace)},
+            datasets={"train": partial(_batches, rows, plan, config.output, pace)},
             dataset_config=data_config(),
         )
         try:
             trainer.fit()
         except ray.train.TrainingFailedError as error:
-            if failure := _failure(board) or _our_error(error):
+            if failure := failure_on(board) or own_error(error):
                 raise failure from None
             raise
-        if failure := _failure(board):
+        if failure := failure_on(board):
             raise failure
     return last_position(config.output)
+
+
+def _batches(rows: Any, plan: Plan, output: str, pace: Any) -> Dataset:
+    """Ray Train calls this whenever it starts the workers: after a failure the data go on where they do."""
+    return batches(rows, plan, first=last_position(output).step, pace=pace)
 
 
 class Trainer(ray.train.torch.TorchTrainer):
@@ -395,167 +383,6 @@ def _to_bytes(model: SSD) -> bytes:
         return path.read_bytes()
 
 
-def _our_error(error: BaseException | None) -> PipelineError | None:
-    """The error of this package that a task or worker raised, out of Ray's wrappings."""
-    while error is not None:
-        if isinstance(error, PipelineError):
-            return error
-        error = getattr(error, "cause", None) or error.__cause__
-    return None
-
-
-# ---- batches -----------------------------------------------------------------------------------------
-
-
-def batches_of_run(rows: Any, plan: Plan, output: str, pace: Any) -> Dataset:
-    """The batches from the last checkpoint on, made as they are needed.
-
-    Ray Train calls this whenever it starts the workers, so after a failure the data go on where they do.
-    """
-    runtime.configure_data(block_bytes=BLOCK_BYTES)
-    first = last_position(output).step
-    ray.get(pace.move.remote(first))
-    source = BatchSource(
-        rows=rows,
-        pace=pace,
-        first=first,
-        plan=plan,
-        num_cores=math.ceil(runtime.cluster_resource("CPU")),
-    )
-    with warnings.catch_warnings():  # 2.60 has no other way to bound retries
-        warnings.simplefilter("ignore", RayDeprecationWarning)
-        return ray.data.read_datasource(
-            source,
-            override_num_blocks=len(source.groups),
-            num_cpus=DATA_CPUS,
-            ray_remote_args={"max_retries": MAX_FAILURES},
-        )
-
-
-class BatchSource(Datasource):
-    """Ray Data's view of a run: a task for each batch, or for some in a row where there are very many."""
-
-    def __init__(self, *, rows: Any, pace: Any, first: int, plan: Plan, num_cores: int) -> None:
-        super().__init__()
-        config = plan.config
-        num_batches = (plan.num_steps - first) * config.workers
-        size = math.ceil(num_batches / MAX_DATA_TASKS)
-        self.groups = [range(i, min(i + size, num_batches)) for i in range(0, num_batches, size)]
-        self._make = partial(
-            make_batches,
-            rows=rows,
-            pace=pace,
-            # Enough for each core to be at work on a group of its own.
-            steps_ahead=STEPS_AHEAD + math.ceil(num_cores * size / config.workers),
-            first=first,
-            num_workers=config.workers,
-            batch_size=config.batch_size,
-            num_samples=plan.num_images,
-            settings=sample_settings(config, plan.spec),
-        )
-
-    def get_name(self) -> str:
-        """The stage's name in Ray's plan and metrics."""
-        return "Batches"
-
-    def estimate_inmemory_data_size(self) -> int | None:
-        """Unknown: never all in memory."""
-        return None
-
-    def get_read_tasks(
-        self, parallelism: int, per_task_row_limit: int | None = None, data_context: Any = None
-    ) -> list[ReadTask]:
-        """One task a group, whatever `parallelism` Ray would like."""
-        unknown = BlockMetadata(num_rows=None, size_bytes=None, input_files=None, exec_stats=None)
-        return [ReadTask(partial(self._make, group), unknown) for group in self.groups]
-
-
-def make_batches(
-    numbers: range,
-    *,
-    rows: Any,
-    pace: Any,
-    steps_ahead: int,
-    first: int,
-    num_workers: int,
-    batch_size: int,
-    num_samples: int,
-    settings: SampleSettings,
-) -> Iterator[pa.Table]:
-    """A data task: some batches of the sequence, when the workers come near them."""
-    torch.set_num_threads(1)
-    for number in numbers:
-        step, rank = first + number // num_workers, number % num_workers
-        ray.get(pace.near.remote(step - steps_ahead))
-        began = time.perf_counter()
-        chosen = picks(
-            step,
-            rank=rank,
-            num_workers=num_workers,
-            batch_size=batch_size,
-            num_samples=num_samples,
-            seed=settings.seed,
-        )
-        batch = load_batch(chosen, _fetched(rows), settings)
-        yield to_row(batch, step=step, rank=rank, load_s=time.perf_counter() - began)
-
-
-@lru_cache(maxsize=1)
-def _fetched(rows: Any) -> pa.Table:
-    return ray.get(rows)
-
-
-def data_config() -> ray.train.DataConfig:
-    """Keep the order of the batches."""
-    options = ExecutionOptions(preserve_order=True)
-    return ray.train.DataConfig(execution_options=options, enable_shard_locality=False)
-
-
-@ray.remote(num_cpus=0)
-class Pace:
-    """Holds data tasks back until the workers come near their step.
-
-    Limits of Ray Data do so, too, but while its limits hold finished tasks back, its scheduler turns around
-    without a pause (2.60: 577 times a second, half a core and more); it waits quietly for tasks that run.
-    """
-
-    def __init__(self) -> None:
-        self._step = 0
-        self._moved = asyncio.Condition()
-
-    async def move(self, step: int) -> None:
-        """The workers are at this step."""
-        async with self._moved:
-            self._step = step
-            self._moved.notify_all()
-
-    async def near(self, step: int) -> None:
-        """Return when the workers have come to this step."""
-        async with self._moved:
-            await self._moved.wait_for(lambda: self._step >= step)
-
-
-def own_batches(first: int, *, rank: int, height: int, width: int, pace: Any) -> Iterator[Batch]:
-    """This worker's batches from step `first` on.
-
-    Raises:
-        PipelineError: one is missing, or another worker's came.
-    """
-    shard: Any = ray.train.get_dataset_shard("train")
-    step = first
-    for row in shard.iter_batches(batch_size=None, batch_format="pyarrow", prefetch_batches=2):
-        came = row["step"][0].as_py(), row["rank"][0].as_py()
-        if came != (step, rank):
-            raise PipelineError(
-                f"worker {rank} expected its batch of step {step}, but got that of worker {came[1]}, "
-                f"step {came[0]}; this is a bug"
-            )
-        if rank == 0:
-            pace.move.remote(step)
-        yield from_row(row, height=height, width=width)
-        step += 1
-
-
 # ---- a worker ----------------------------------------------------------------------------------------
 
 
@@ -563,12 +390,12 @@ def work(arguments: dict[str, Any]) -> None:
     """What each of Ray Train's workers does."""
     job: Job = arguments["job"]
     logging.getLogger("ray.train").setLevel(logging.ERROR)  # a line for each checkpoint
-    if _failure(job.board):
+    if failure_on(job.board):
         return  # Ray Train tries again, but this error would come again
     try:
         _work(job)
     except Exception as error:  # the top of this process
-        if ours := _our_error(error):
+        if ours := own_error(error):
             ray.get(job.board.fail.remote(ours))
         raise
 
@@ -597,7 +424,7 @@ def _work(job: Job) -> None:
         log=lambda text: job.board.line.remote(text) if rank == 0 else None,
         chart=writer.add if writer else lambda numbers, step: None,
     )
-    batches = own_batches(
+    own = own_batches(
         position.step,
         rank=rank,
         height=model.spec.input_height,
@@ -606,7 +433,7 @@ def _work(job: Job) -> None:
     )
     run_steps(
         learner,
-        batches,
+        own,
         schedule=job.schedule,
         position=position,
         outlets=outlets,
@@ -663,61 +490,3 @@ class Charts:
         self._writer.flush()
         for path in Path(self._folder.name).iterdir():
             storage.write_atomic(storage.join(self._target, path.name), path.read_bytes())
-
-
-# ---- lines for the driver ----------------------------------------------------------------------------
-
-
-@ray.remote(num_cpus=0)
-class Board:
-    """Takes progress lines from the workers to the driver, and the error that ends a run."""
-
-    def __init__(self) -> None:
-        self._lines: list[str] = []
-        self._failure: PipelineError | None = None
-
-    def line(self, text: str) -> None:
-        """One line to print."""
-        self._lines.append(text)
-
-    def lines(self) -> list[str]:
-        """The lines since the last call."""
-        lines, self._lines = self._lines, []
-        return lines
-
-    def fail(self, error: PipelineError) -> None:
-        """What went wrong; the first one counts."""
-        self._failure = self._failure or error
-
-    def failure(self) -> PipelineError | None:
-        """What went wrong."""
-        return self._failure
-
-
-def _failure(board: Any) -> PipelineError | None:
-    return ray.get(board.failure.remote())
-
-
-@contextmanager
-def showing() -> Iterator[Any]:
-    """A board whose lines are printed as they come."""
-    board: Any = Board.remote()
-    stop = threading.Event()
-
-    def show() -> None:
-        for line in ray.get(board.lines.remote()):
-            logger.info("%s", line)
-
-    def watch() -> None:
-        while not stop.wait(1.0):
-            show()
-
-    thread = threading.Thread(target=watch, name="lines", daemon=True)
-    thread.start()
-    try:
-        yield board
-    finally:
-        stop.set()
-        thread.join()
-        show()
-        ray.kill(board)
