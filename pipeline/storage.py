@@ -91,6 +91,11 @@ def is_local(uri: str) -> bool:
     return "://" not in uri or uri.startswith(("file://", "local://"))
 
 
+def absolute(uri: str) -> str:
+    """`uri` for processes with another working directory; URLs stay as they are."""
+    return uri if "://" in uri else os.path.abspath(uri)
+
+
 def arrow_filesystem(uri: str) -> tuple[pyarrow.fs.FileSystem, str]:
     """A pyarrow file system and the path in it, for Parquet readers."""
     fs, path = split(uri)

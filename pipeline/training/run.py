@@ -5,7 +5,7 @@ import logging
 import os
 import tempfile
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -92,6 +92,8 @@ def train(config: TrainConfig) -> Outcome:
         PipelineError: the training can't go on, such as after a loss that is not finite.
     """
     started = time.time()
+    # Ray Train's workers have working directories of their own.
+    config = replace(config, output=storage.absolute(config.output))
     if config.overwrite:
         with Lock(config.output):
             clear(config.output)

@@ -1,5 +1,7 @@
 """Whole runs on Ray: what they leave, that another job can use it, and that kills change nothing."""
 
+import contextlib
+import dataclasses
 import json
 import os
 import signal
@@ -60,7 +62,8 @@ def folder(tmp_path_factory):
 def whole(folder, ray_cluster):
     """A run that nothing has interrupted."""
     config = flags(folder, "whole")
-    return config, train(config)
+    with contextlib.chdir(folder):  # a relative path means the caller's folder, not that of a worker
+        return config, train(dataclasses.replace(config, output="whole"))
 
 
 def weights(output):
