@@ -52,11 +52,10 @@ from pipeline.runlog import Progress, logger
 MAX_PASSES = 5  # the run itself, and again for what is missing or was in flight when a process died
 SLOW_IMAGES_PER_BLOCK = 16
 
-# Equal CPU demands would fuse reader and detector in one task; the writer asks for none or it starves.
-# Detectors and readers share the cores; next to ten detectors a node of one core still has room for a reader
-# (with 0.1 a run stood still when a node was lost and its detectors moved to the other one).
-DETECTOR_CPUS = 0.01
-READER_CPUS = 0.9
+# Logical: detectors and readers share the cores. Whole numbers: from fractions Ray Data (2.60) makes budgets
+# that are short of the last reader (0.89 for 0.9), and half the cores stood idle.
+DETECTOR_CPUS = 0
+READER_CPUS = 1
 RETRIES = 3  # Ray's default is for ever, and so is a poison image
 
 
