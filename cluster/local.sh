@@ -9,6 +9,7 @@ PATH="$PWD/.venv/bin:$PATH" # `python` in a job's command is looked up on the no
 PORT=${PORT:-6379}
 DASHBOARD_PORT=${DASHBOARD_PORT:-8265}
 export RAY_AUTH_MODE=token
+export RAY_idle_worker_killing_time_threshold_ms=60000 # as pipeline/runtime.py says
 export RAY_AUTH_TOKEN_PATH=${RAY_AUTH_TOKEN_PATH:-$HOME/.ray/auth_token}
 
 case ${1:-} in

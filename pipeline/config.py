@@ -174,7 +174,7 @@ class TrainConfig:
     max_minutes: float = 0.0
     """Budget of the whole job, from its start to the last validation; the learning rate falls to its end
     within the budget. 0: no limit. Minutes of earlier, interrupted jobs of the run count."""
-    batch_size: int = 16
+    batch_size: int = 8
     """Images in a step, of all workers together."""
     accumulate: int = 1
     """Forward and backward passes per step: more of them need less memory; the result is the same."""
@@ -194,7 +194,7 @@ class TrainConfig:
     """How the learning rate falls: to 0 along a cosine, or to a tenth at each of --milestones."""
     milestones: tuple[float, ...] = (0.667, 0.833)
     """multistep: shares of the run."""
-    warmup: float = 0.03
+    warmup: float = 0.1
     """Share of the run in which the learning rate rises from 0."""
     ema: float = 0.9998
     """Decay of the averaged weights, which are what is validated and kept; 0: no averaging."""
@@ -202,9 +202,10 @@ class TrainConfig:
     """Longest gradient; 0: no limit."""
     freeze: int = -1
     """Stages of the backbone, from the image on, that stay as they are: VGG16 has 15, MobileNetV2 19,
-    MobileNetV3 18, ResNet-50 4. -1: 8 of MobileNetV2, else none."""
-    augmentation: Literal["ssd", "light", "none"] = "ssd"
-    """ssd: distort, expand, crop and flip as in the paper; light: without expand; none: resize only."""
+    MobileNetV3 18, ResNet-50 4. -1: 5 of MobileNetV2 with trained weights, else none."""
+    augmentation: Literal["auto", "ssd", "light", "none"] = "auto"
+    """ssd: distort, expand, crop and flip as in the paper; light: distort and flip; none: resize only.
+    auto: light for MobileNetV2 with trained weights (a short run learns more from it), else ssd."""
     difficult: bool = True
     """Learn objects marked as difficult (VOC), as the paper does."""
     empty_images: bool = True

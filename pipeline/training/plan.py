@@ -23,9 +23,9 @@ from pipeline.training.optimise import Recipe, freeze, learning_rate, stages
 from pipeline.training.order import num_steps
 from pipeline.training.samples import SampleSettings
 
-# Without batch norm to adapt, the first blocks (up to stride 16) are better left alone, and their backward
-# pass is most of the cost.
-MOBILENET_FROZEN = 8
+# Of a trained MobileNetV2: the first blocks (up to stride 8) are better left alone, and their backward pass
+# is much of the cost. BCCD after 2,400 images: AP 0.558 with 5 of them, 0.543 with 8.
+MOBILENET_FROZEN = 5
 # torchvision's IMAGENET1K_V1 was trained on images divided by this; the original VGG16 on none.
 _TORCHVISION_STD = (58.395, 57.12, 57.375)
 _UNCHANGING = ("output", "overwrite", "dry_run", "log_s")
@@ -115,8 +115,12 @@ def num_frozen(config: TrainConfig) -> int:
     """Stages of the backbone that are not trained."""
     if config.freeze >= 0:
         return config.freeze
-    is_default = config.architecture == "ssdlite300_mobilenet_v2" and config.init != "none"
-    return MOBILENET_FROZEN if is_default else 0
+    return MOBILENET_FROZEN if _adapts(config) else 0
+
+
+def _adapts(config: TrainConfig) -> bool:
+    """Whether a run adapts a small detector that is trained already: some defaults differ for it."""
+    return config.architecture == "ssdlite300_mobilenet_v2" and config.init != "none"
 
 
 def _new_model(config: TrainConfig, classes: Classes, generator: torch.Generator) -> SSD:
@@ -173,12 +177,15 @@ def make_recipe(config: TrainConfig, *, device: str) -> Recipe:
 def sample_settings(config: TrainConfig, spec: ModelSpec) -> SampleSettings:
     """How images become samples for this model."""
     red, green, blue = (round(value) for value in spec.mean)
+    augmentation = config.augmentation
+    if augmentation == "auto":
+        augmentation = "light" if _adapts(config) else "ssd"
     return SampleSettings(
         height=spec.input_height,
         width=spec.input_width,
         resize_rule=spec.resize_rule,
         fill=(red, green, blue),
-        augmentation=config.augmentation,
+        augmentation=augmentation,
         train_difficult=config.difficult,
         seed=config.seed,
     )

@@ -17,7 +17,6 @@ from pipeline.data.annotations import Annotation
 from pipeline.data.augment import (
     Sample,
     augment,
-    crop,
     distort,
     flip,
     resize,
@@ -54,7 +53,7 @@ class SampleSettings:
         width: columns of the network's input.
         resize_rule: of images that are not augmented, as in inference.
         fill: RGB around an image that `expand` makes smaller.
-        augmentation: "ssd" is that of the paper, "light" the same without expansion, "none" only resizes.
+        augmentation: "ssd" is that of the paper, "light" only distorts and flips, "none" only resizes.
         train_difficult: whether difficult objects are learnt.
         seed: of the run.
     """
@@ -168,8 +167,7 @@ def _augment(sample: Sample, settings: SampleSettings, rng: np.random.Generator)
     if settings.augmentation == "ssd":
         return augment(sample, rng, **size, fill=settings.fill)
     if settings.augmentation == "light":
-        sample = crop(distort(sample, rng), rng)
-        return flip(resize(sample, rng, **size, fill=settings.fill), rng)
+        return flip(resize(distort(sample, rng), rng, **size, fill=settings.fill), rng)
     pixels = resize_image(sample.pixels, **size, rule=settings.resize_rule)
     shape = sample.pixels.shape
     factors = np.array([settings.width / shape[1], settings.height / shape[0]] * 2, np.float32)

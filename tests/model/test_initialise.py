@@ -209,6 +209,7 @@ def test_another_number_of_classes_draws_only_the_class_layer_anew(architecture)
     new = replace_classes(model, class_names=("RBC", "WBC"), label_ids=(1, 7), generator=make_generator(1))
 
     assert (new.spec.class_names, new.spec.label_ids, new.training) == (("RBC", "WBC"), (1, 7), False)
+    assert new.spec.score_function == "softmax"
     assert conv_of(new, "heads.0.logits.project").out_channels == 3 * len(new.spec.priors.maps[0].sizes_wh)
     old_state = model.state_dict()
     changed = {name for name, tensor in new.state_dict().items() if not torch.equal(tensor, old_state[name])}
@@ -220,5 +221,6 @@ def test_as_many_classes_keep_all_weights():
     new = replace_classes(model, class_names=("cat", "dog"), label_ids=(17, 18), generator=make_generator())
 
     assert new.spec.class_names == ("cat", "dog")
+    assert new.spec.score_function == model.spec.score_function == "sigmoid"
     for name, tensor in model.state_dict().items():
         assert torch.equal(tensor, new.state_dict()[name]), name

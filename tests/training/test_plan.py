@@ -150,8 +150,8 @@ def test_the_plan_tells_images_boxes_steps_and_rates(sets):
     assert plan.objects == dict(zip(("disc", "square"), counts.tolist(), strict=True))
     for part in ("6 images to learn from (2 without", "15 steps of 4 images = 10 epochs, at most 5 minutes"):
         assert part in text
-    assert "3% 0.0005" in text
-    assert "8 of 19 backbone stages frozen" in text
+    assert "10% 0.0005" in text
+    assert "5 of 19 backbone stages frozen" in text
 
 
 def test_a_checkpoint_brings_its_own_input_size(sets, tmp_path):
