@@ -19,6 +19,7 @@ import ray.train
 import ray.train.torch
 import torch
 from ray.data import Dataset
+from ray.train.v2._internal.execution import context as ray_train_context
 
 from pipeline import runtime, storage
 from pipeline.config import TrainConfig, flags
@@ -391,7 +392,8 @@ def _to_bytes(model: SSD) -> bytes:
 def work(arguments: dict[str, Any]) -> None:
     """What each of Ray Train's workers does."""
     job: Job = arguments["job"]
-    logging.getLogger("ray.train").setLevel(logging.ERROR)  # a line for each checkpoint
+    for name in ("ray.train", ray_train_context.__file__):  # a line for each checkpoint
+        logging.getLogger(name).setLevel(logging.ERROR)
     if failure_on(job.board):
         return  # Ray Train tries again, but this error would come again
     try:
