@@ -1,6 +1,6 @@
 """How fast images reach a detector: the pipeline with none, a torch DataLoader, two plain processes.
 
-    python benchmarks/feeding.py --images FOLDER [--shards 16] [--images-per-shard 250] [--pairs 5]
+    python benchmarks/feeding.py --images FOLDER [--shards 64] [--images-per-shard 250] [--pairs 5]
 
 The JPEGs of FOLDER, made 640x480, are packed into tar shards (repeated until they are enough); each side
 reads, decodes and resizes all of them to 300x300 with the same code. Steady rates: from the first batch of a
@@ -134,7 +134,7 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--images", type=Path, required=True, help="a folder of JPEGs, best of 640x480")
-    parser.add_argument("--shards", type=int, default=16)
+    parser.add_argument("--shards", type=int, default=64)
     parser.add_argument("--images-per-shard", type=int, default=250)
     parser.add_argument("--pairs", type=int, default=5)
     parser.add_argument("--corrupt", action="store_true", help="the cost of 1 %% corrupt images")

@@ -408,7 +408,7 @@ def _work(job: Job) -> None:
     context = ray.train.get_context()
     rank, spec_of = context.get_world_rank(), job.config
     if job.device == "cpu":
-        torch.set_num_threads(max(1, (os.cpu_count() or 1) // context.get_local_world_size()))
+        torch.set_num_threads(max(1, num_cores() // context.get_local_world_size()))
     device = ray.train.torch.get_device() if job.device == "cuda" else torch.device("cpu")
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder, MODEL)
@@ -443,6 +443,11 @@ def _work(job: Job) -> None:
         outlets=outlets,
         clock=lambda: job.elapsed_before_s + time.time() - job.started,
     )
+
+
+def num_cores() -> int:
+    """Cores that this process may use: fewer than the machine's under taskset or in some containers."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def _resume(learner: Learner) -> Position:
