@@ -18,7 +18,7 @@ from pipeline.training.samples import Batch
 
 VALIDATION_SHARE = 0.05  # of a budget; the validation at the end not counted
 EPOCH_CHECKPOINT_S = 60.0
-RESERVE_S = 8.0  # of a budget, for the end of the job besides the last validation
+RESERVE_S = 15.0  # of a budget, for the end of the job besides the last validation
 FORWARD_SHARE = 0.5  # of the time of a training step: what a validation takes, until one was measured
 
 
