@@ -141,7 +141,7 @@ def test_two_workers_of_8_images_do_what_one_of_16_does(tmp_path):
     train_share(0, 1, folder, tmp_path / "one.pt")
     spawn(train_share, args=(2, folder, tmp_path / "two.pt"), nprocs=2)
     one, two = (torch.load(tmp_path / f"{name}.pt", weights_only=True) for name in ("one", "two"))
-    # New logits are all about 0: which of the equally hard negatives are mined is a matter of the last bit.
+    # Looser than the weights: probably rounding decides which of nearly equal negatives are mined.
     np.testing.assert_allclose(one["losses"], two["losses"], rtol=1e-3)
     for name, value in one["weights"].items():
         torch.testing.assert_close(value, two["weights"][name], atol=1e-4, rtol=0)
