@@ -39,8 +39,8 @@ from pipeline.training.index import annotation, index_shards, training_shards
 from pipeline.training.loop import Learner
 from pipeline.training.order import picks
 from pipeline.training.plan import initial_model, make_recipe, sample_settings
-from pipeline.training.samples import fetch, load_batch
-from pipeline.training.validation import ground_truth, load_images, validate
+from pipeline.training.samples import fetch, load_batch, load_images
+from pipeline.training.validation import ground_truth, validate
 
 Tables = dict[str, pa.Table]
 

@@ -17,7 +17,6 @@ from dataclasses import dataclass, replace
 from typing import Literal, NamedTuple, get_args
 
 import numpy as np
-import torch
 from PIL import Image
 
 Interpolation = Literal["linear", "area", "nearest", "cubic", "lanczos"]
@@ -257,6 +256,8 @@ def _resize_pixels(pixels: np.ndarray, height: int, width: int, interpolation: I
     if interpolation in ("area", "lanczos"):
         rule = Image.Resampling.BOX if interpolation == "area" else Image.Resampling.LANCZOS
         return np.asarray(Image.fromarray(pixels).resize((width, height), rule, reducing_gap=2.0))
+    import torch  # seconds to import: spared in tasks that only read an index or validation images
+
     mode = {"linear": "bilinear", "cubic": "bicubic", "nearest": "nearest"}[interpolation]
     image_13HW = torch.from_numpy(pixels).permute(2, 0, 1)[None]
     resized = torch.nn.functional.interpolate(image_13HW, size=(height, width), mode=mode)

@@ -9,7 +9,6 @@ from collections import OrderedDict
 from functools import partial
 
 from torch import Tensor, nn
-from torchvision.models import mobilenet_v3_large, resnet50
 
 from pipeline.model.layers import L2Norm, conv_unit
 
@@ -119,6 +118,8 @@ class MobileNetV3Large(nn.Module):
     channels = (672, 480)
 
     def __init__(self) -> None:
+        from torchvision.models import mobilenet_v3_large  # loads torch's compiler: 3 s in every process
+
         super().__init__()
         norm = partial(nn.BatchNorm2d, eps=0.001, momentum=0.03)
         blocks = mobilenet_v3_large(weights=None, norm_layer=norm, reduced_tail=True).features
@@ -141,6 +142,8 @@ class ResNet50(nn.Module):
     channels = (1024,)
 
     def __init__(self) -> None:
+        from torchvision.models import resnet50  # as above
+
         super().__init__()
         whole = resnet50(weights=None)
         self.conv1, self.bn1, self.relu, self.maxpool = whole.conv1, whole.bn1, whole.relu, whole.maxpool

@@ -8,7 +8,6 @@ from dataclasses import dataclass
 import torch
 import torch.nn.functional as F  # noqa: N812
 from torch import Tensor
-from torchvision.ops import sigmoid_focal_loss
 
 from pipeline import boxes
 from pipeline.model.matching import Targets
@@ -94,6 +93,8 @@ def focal_loss(
     All default boxes count; the background is where every class says no, its own column is not trained.
     Arguments as in `multibox_loss`.
     """
+    from torchvision.ops import sigmoid_focal_loss  # loads torch's compiler: 3 s in every process
+
     with torch.autocast(deltas_NA4.device.type, enabled=False):
         positive_NA = matched_NA >= 0
         columns_NA = _columns(targets, matched_NA, background_index=background_index)

@@ -11,6 +11,8 @@ from pathlib import Path
 from typing import Any
 
 os.environ.setdefault("RAY_TRAIN_V2_ENABLED", "1")
+if not os.environ.get("RAY_ADDRESS"):  # no cloud takes this machine away with a warning
+    os.environ.setdefault("RAY_TRAIN_ENABLE_PREEMPTION_WATCHER", "0")
 
 import pyarrow as pa
 import ray
@@ -51,8 +53,9 @@ from pipeline.training.plan import (
     unchanging_flags,
     usable_rows,
 )
+from pipeline.training.samples import load_images
 from pipeline.training.session import Outlets, Position, Schedule, run_steps
-from pipeline.training.validation import check_measurable, ground_truth, load_images, validate
+from pipeline.training.validation import check_measurable, ground_truth, validate
 
 MODEL = "model.safetensors"
 CHECKPOINTS = "checkpoints"

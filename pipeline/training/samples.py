@@ -1,4 +1,4 @@
-"""Images and boxes of one batch: fetch by byte range, decode, augment. What a data task does, without Ray.
+"""Images and boxes of a batch, images to validate on: fetch by byte range, decode. Data tasks, without Ray.
 
 Shapes: N images of the batch, H W pixels of the network's input, G objects of an image.
 """
@@ -131,6 +131,41 @@ def load_batch(picks: Sequence[Pick], index: pa.Table, settings: SampleSettings)
         image_ids=[rows[i]["image_id"] for i in chosen],
         failures=tuple(failures),
     )
+
+
+@dataclass(frozen=True)
+class ValidationImages:
+    """Some images of the validation set, ready for the detector.
+
+    Attributes:
+        numbers: int64 [N], row in the index.
+        images_NHW3: uint8 RGB of the input size.
+        sizes_N2: int32, width and height of the originals.
+        failures: images that can't be decoded, with the reason; the detector sees grey in their place.
+    """
+
+    numbers: np.ndarray
+    images_NHW3: np.ndarray  # noqa: N815
+    sizes_N2: np.ndarray  # noqa: N815
+    failures: tuple[str, ...]
+
+
+def load_images(
+    index: pa.Table, numbers: Sequence[int], *, height: int, width: int, rule: ResizeRule
+) -> ValidationImages:
+    """Decode and resize some rows of the index as inference does."""
+    rows = index.take(list(numbers)).to_pylist()
+    images = np.full((len(rows), height, width, 3), 128, np.uint8)
+    sizes = np.array([[row["width"], row["height"]] for row in rows], np.int32).reshape(-1, 2)
+    failures = []
+    for i, (row, data) in enumerate(zip(rows, fetch(rows), strict=True)):
+        try:
+            decoded = decode_image(data, min_size=(2 * width, 2 * height))
+            images[i] = resize_image(decoded.pixels, height=height, width=width, rule=rule)
+            sizes[i] = decoded.width, decoded.height
+        except ImageError as error:
+            failures.append(f"{row['image_id']}: {error}")
+    return ValidationImages(np.array(numbers, np.int64), images, sizes, tuple(failures))
 
 
 def fetch(rows: Sequence[dict]) -> list[bytes]:

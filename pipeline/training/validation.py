@@ -2,7 +2,6 @@
 
 import tempfile
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -10,52 +9,16 @@ import pyarrow as pa
 import torch.distributed as dist
 
 from pipeline.data.annotations import Classes
-from pipeline.data.images import ResizeRule, decode_image, resize_image
-from pipeline.errors import ConfigError, ImageError
+from pipeline.errors import ConfigError
 from pipeline.evaluation.boxsets import Detected, GroundTruth
 from pipeline.evaluation.coco import class_numbers, coco_curves, coco_numbers
 from pipeline.model.checkpoint import save_checkpoint
 from pipeline.model.detector import Detector
 from pipeline.model.ssd import SSD
 from pipeline.training.index import annotation
-from pipeline.training.samples import fetch
+from pipeline.training.samples import ValidationImages
 
 BATCH_SIZE = 16
-
-
-@dataclass(frozen=True)
-class ValidationImages:
-    """Some images of the validation set, ready for the detector.
-
-    Attributes:
-        numbers: int64 [N], row in the index.
-        images_NHW3: uint8 RGB of the input size.
-        sizes_N2: int32, width and height of the originals.
-        failures: images that can't be decoded, with the reason; the detector sees grey in their place.
-    """
-
-    numbers: np.ndarray
-    images_NHW3: np.ndarray  # noqa: N815
-    sizes_N2: np.ndarray  # noqa: N815
-    failures: tuple[str, ...]
-
-
-def load_images(
-    index: pa.Table, numbers: Sequence[int], *, height: int, width: int, rule: ResizeRule
-) -> ValidationImages:
-    """Decode and resize some rows of the index as inference does."""
-    rows = index.take(list(numbers)).to_pylist()
-    images = np.full((len(rows), height, width, 3), 128, np.uint8)
-    sizes = np.array([[row["width"], row["height"]] for row in rows], np.int32).reshape(-1, 2)
-    failures = []
-    for i, (row, data) in enumerate(zip(rows, fetch(rows), strict=True)):
-        try:
-            decoded = decode_image(data, min_size=(2 * width, 2 * height))
-            images[i] = resize_image(decoded.pixels, height=height, width=width, rule=rule)
-            sizes[i] = decoded.width, decoded.height
-        except ImageError as error:
-            failures.append(f"{row['image_id']}: {error}")
-    return ValidationImages(np.array(numbers, np.int64), images, sizes, tuple(failures))
 
 
 def ground_truth(index: pa.Table, classes: Classes) -> GroundTruth:

@@ -14,8 +14,8 @@ from pipeline.model.initialise import replace_classes
 from pipeline.training.loop import Learner
 from pipeline.training.optimise import Recipe, freeze
 from pipeline.training.order import picks
-from pipeline.training.samples import load_batch
-from pipeline.training.validation import ground_truth, load_images, validate
+from pipeline.training.samples import load_batch, load_images
+from pipeline.training.validation import ground_truth, validate
 from tests.training.makers import NAMES, SIDE, make_set, read_set, settings, small_model
 
 # The losses of `first_losses` on the machine where the test was written (torch 2.15, CPU).

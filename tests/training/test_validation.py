@@ -7,7 +7,8 @@ import pytest
 from pipeline.evaluation.boxsets import Detected
 from pipeline.evaluation.coco import coco_curves, coco_numbers
 from pipeline.evaluation.ground_truth import read_ground_truth
-from pipeline.training.validation import detect, ground_truth, load_images, validate
+from pipeline.training.samples import load_images
+from pipeline.training.validation import detect, ground_truth, validate
 from tests.training.makers import SIDE, make_set, read_set, small_model
 
 
