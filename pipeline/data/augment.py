@@ -133,6 +133,14 @@ def distort(sample: Sample, rng: np.random.Generator) -> Sample:
     return replace(sample, distortions=tuple(d for d, on in zip(order, chosen, strict=True) if on))
 
 
+def recolour(sample: Sample) -> Sample:
+    """Make the chosen colour changes now, on all pixels."""
+    pixels = sample.pixels
+    for distortion in sample.distortions:
+        pixels = _distort_pixels(pixels, distortion)
+    return replace(sample, pixels=pixels, distortions=())
+
+
 def expand(sample: Sample, rng: np.random.Generator) -> Sample:
     """With probability 0.5, put the image somewhere on a canvas of 1 to 4 times its width and height."""
     if rng.random() >= 0.5:

@@ -19,6 +19,7 @@ from pipeline.data.augment import (
     augment,
     distort,
     flip,
+    recolour,
     resize,
     sample_rng,
     whole_image,
@@ -201,8 +202,9 @@ def _augment(sample: Sample, settings: SampleSettings, rng: np.random.Generator)
     size = {"height": settings.height, "width": settings.width}
     if settings.augmentation == "ssd":
         return augment(sample, rng, **size, fill=settings.fill)
-    if settings.augmentation == "light":
-        return flip(resize(distort(sample, rng), rng, **size, fill=settings.fill), rng)
+    if settings.augmentation == "light":  # colours of the smaller image: half the time of a batch
+        small = resize(sample, rng, **size, fill=settings.fill)
+        return flip(recolour(distort(small, rng)), rng)
     pixels = resize_image(sample.pixels, **size, rule=settings.resize_rule)
     shape = sample.pixels.shape
     factors = np.array([settings.width / shape[1], settings.height / shape[0]] * 2, np.float32)

@@ -301,3 +301,18 @@ def test_objects_that_lose_their_area_in_float32_are_dropped():
 
     assert result.boxes.shape == (0, 4)
     assert result.labels.shape == (0,)
+
+
+def test_recolouring_makes_the_changes_that_resizing_would():
+    rng = np.random.default_rng(0)
+    pixels = rng.integers(0, 256, (40, 60, 3), dtype=np.uint8)
+    kinds = ("brightness", "saturation", "hue", "contrast")
+    changes = tuple(Distortion(kind, amount) for kind, amount in zip(kinds, (20, 1.3, -25, 0.7), strict=True))
+    plain = whole_image(pixels, np.zeros((0, 4), np.float32), np.zeros(0, np.int64))
+    chosen = replace(plain, distortions=changes)
+    now = augment.recolour(chosen)
+    assert not now.distortions
+    assert not np.array_equal(now.pixels, pixels)
+    # At its own size, whatever the interpolation, nothing but colours changes.
+    shown = augment.resize(chosen, rng, height=40, width=60)
+    np.testing.assert_array_equal(now.pixels, shown.pixels)

@@ -23,7 +23,19 @@ from pipeline.errors import ConfigError, PipelineError
 from pipeline.evaluation.report import measure_run
 from pipeline.inference.run import infer
 from pipeline.model.checkpoint import read_spec
+from pipeline.training.index import index_shards, training_shards
+from pipeline.training.loop import Learner
+from pipeline.training.optimise import freeze
+from pipeline.training.order import picks
+from pipeline.training.plan import (
+    initial_model,
+    make_recipe,
+    num_frozen,
+    sample_settings,
+    shard_classes,
+)
 from pipeline.training.run import choose_device, dry_run, last_position, train
+from pipeline.training.samples import load_batch
 from tests.training.makers import make_set, save_small_model
 
 pytestmark = [pytest.mark.ray, pytest.mark.usefixtures("ray_cluster"), pytest.mark.timeout(600)]
@@ -169,15 +181,29 @@ def test_a_driver_that_is_killed_goes_on_with_the_same_command(whole, folder):
     assert_same_run(config.output, whole[0].output)
 
 
-def test_two_workers_see_the_batches_that_one_sees(folder):
+def steps_without_ray(config, num_steps):
+    """What the plain loop makes of the whole global batches."""
+    classes = shard_classes(config)
+    model = initial_model(config, classes)
+    freeze(model, num_frozen(config))
+    learner = Learner(model, make_recipe(config, device="cpu"))
+    index = index_shards(training_shards(config.train, flag="--train"), classes)
+    sizes = {"batch_size": config.batch_size, "num_samples": len(index), "seed": config.seed}
+    for step in range(num_steps):
+        batch = load_batch(
+            picks(step, rank=0, num_workers=1, **sizes), index, sample_settings(config, model.spec)
+        )
+        learner.step(batch, progress=(step + 1) / num_steps)
+    return learner.model.state_dict()
+
+
+def test_two_workers_do_what_the_plain_loop_does_with_both_their_images(folder):
     # Not AdamW: its first steps are the signs of gradients, so rounding of those near zero shows.
-    sgd = {"optimizer": "sgd", "lr": 1e-3, "epochs": 2}
-    config, alone = flags(folder, "two", workers=2, **sgd), flags(folder, "one", **sgd)
+    config = flags(folder, "two", workers=2, optimizer="sgd", lr=1e-3, epochs=2)
     train(config)
-    train(alone)
-    two, one = last_state(config.output), last_state(alone.output)
-    assert two["num_steps"] == one["num_steps"] == 10
-    for name, value in one["model"].items():
+    two = last_state(config.output)
+    assert two["num_steps"] == 10
+    for name, value in steps_without_ray(config, 10).items():
         torch.testing.assert_close(two["model"][name], value, atol=1e-4, rtol=0)
 
 
