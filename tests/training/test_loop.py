@@ -122,7 +122,8 @@ def train_share(rank, num_workers, folder, out):
     if num_workers > 1:
         dist.init_process_group("gloo", init_method=f"file://{out}.store", rank=rank, world_size=num_workers)
     index, _ = read_set(folder)
-    learner = new_learner(Recipe(optimizer="sgd", lr=5e-4))
+    # A low rate: rounding grows with each step, at 1e-3 to 5e-4 of a weight (in float64 it stays below 1e-15).
+    learner = new_learner(Recipe(optimizer="sgd", lr=2e-4))
     losses = [
         learner.step(
             global_batch(index, step, batch_size=16, rank=rank, num_workers=num_workers),
@@ -141,8 +142,7 @@ def test_two_workers_of_8_images_do_what_one_of_16_does(tmp_path):
     train_share(0, 1, folder, tmp_path / "one.pt")
     spawn(train_share, args=(2, folder, tmp_path / "two.pt"), nprocs=2)
     one, two = (torch.load(tmp_path / f"{name}.pt", weights_only=True) for name in ("one", "two"))
-    # Looser than the weights: probably rounding decides which of nearly equal negatives are mined.
-    np.testing.assert_allclose(one["losses"], two["losses"], rtol=1e-3)
+    np.testing.assert_allclose(one["losses"], two["losses"], rtol=1e-4)
     for name, value in one["weights"].items():
         torch.testing.assert_close(value, two["weights"][name], atol=1e-4, rtol=0)
 
