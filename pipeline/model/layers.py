@@ -34,9 +34,9 @@ class L2Norm(nn.Module):
 class SameConv2d(nn.Conv2d):
     """Convolution with TensorFlow's "SAME" padding: ceil(n / stride) outputs, odd pixel at the far end.
 
-    The odd pixel goes into the kernel, as a row or column of zeros at its near end, with the far end's padding
-    at both ends of the features: the same sums, and no copy of the features (300x300, 8 images, two cores:
-    44 -> 10 ms for the first depthwise layer of stride 2, 27 -> 8 ms for the stem).
+    The odd pixel goes into the kernel, as a row or column of zeros at its near end, with the far end's
+    padding at both ends of the features: the same sums, and no copy of the features (300x300, 8 images, two
+    cores: 44 -> 10 ms for the first depthwise layer of stride 2, 27 -> 8 ms for the stem).
     """
 
     def forward(self, features_NCHW: Tensor) -> Tensor:
