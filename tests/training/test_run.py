@@ -181,20 +181,24 @@ def test_a_driver_that_is_killed_goes_on_with_the_same_command(whole, folder):
     assert_same_run(config.output, whole[0].output)
 
 
-def steps_without_ray(config, num_steps):
+def steps_without_ray(config, num_steps, *, order_seed=0):
     """What the plain loop makes of the whole global batches."""
     classes = shard_classes(config)
     model = initial_model(config, classes)
     freeze(model, num_frozen(config))
     learner = Learner(model, make_recipe(config, device="cpu"))
     index = index_shards(training_shards(config.train, flag="--train"), classes)
-    sizes = {"batch_size": config.batch_size, "num_samples": len(index), "seed": config.seed}
+    sizes = {"batch_size": config.batch_size, "num_samples": len(index), "seed": order_seed}
     for step in range(num_steps):
         batch = load_batch(
             picks(step, rank=0, num_workers=1, **sizes), index, sample_settings(config, model.spec)
         )
         learner.step(batch, progress=(step + 1) / num_steps)
     return learner.model.state_dict()
+
+
+def largest_difference(first, second):
+    return max(float((first[name] - value).abs().max()) for name, value in second.items())
 
 
 def test_two_workers_do_what_the_plain_loop_does_with_both_their_images(folder):
@@ -204,10 +208,9 @@ def test_two_workers_do_what_the_plain_loop_does_with_both_their_images(folder):
     train(config)
     two, alone = last_state(config.output), steps_without_ray(config, 10)
     assert two["num_steps"] == 10
-    for name, value in alone.items():
-        torch.testing.assert_close(two["model"][name], value, atol=1e-4, rtol=0)
-    other = steps_without_ray(dataclasses.replace(config, seed=1), 10)
-    assert max(float((other[name] - value).abs().max()) for name, value in alone.items()) > 1e-3
+    other = steps_without_ray(config, 10, order_seed=1)  # the same weights to begin with, other batches
+    assert largest_difference(two["model"], alone) < 5e-5
+    assert largest_difference(other, alone) > 2e-4
 
 
 def test_a_loss_that_is_not_finite_ends_the_run_in_one_line(folder):
