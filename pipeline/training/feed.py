@@ -31,7 +31,7 @@ STEPS_AHEAD = 3  # that batches are made before they are needed, besides what ea
 BLOCK_BYTES = 100_000  # less than any batch, so that each row becomes a block of its own
 
 
-def batches(rows: Any, plan: Plan, *, first: int, pace: Any) -> Dataset:
+def batches(rows: Any, plan: Plan, *, first: int, pace: Any, device: str) -> Dataset:
     """The batches from step `first` on, made as they are needed: a task for each, or for some in a row.
 
     Args:
@@ -39,6 +39,8 @@ def batches(rows: Any, plan: Plan, *, first: int, pace: Any) -> Dataset:
         plan: of the run.
         first: step.
         pace: handle of the run's `Pace`.
+        device: of the workers. On "cpu" they have the cores first: the threads of a step wait for each
+            other, so it loses more than a data task gains.
     """
     runtime.configure_data(block_bytes=BLOCK_BYTES)
     ray.get(pace.move.remote(first))
@@ -57,6 +59,7 @@ def batches(rows: Any, plan: Plan, *, first: int, pace: Any) -> Dataset:
         batch_size=config.batch_size,
         num_samples=plan.num_images,
         settings=sample_settings(config, plan.spec),
+        gives_way=device == "cpu",
     )
     groups = [range(i, min(i + size, num_batches)) for i in range(0, num_batches, size)]
     return runtime.read_tasks(
@@ -75,9 +78,12 @@ def make_batches(
     batch_size: int,
     num_samples: int,
     settings: SampleSettings,
+    gives_way: bool,
 ) -> Iterator[pa.Table]:
     """A data task: some batches of the sequence, when the workers come near them."""
     torch.set_num_threads(1)
+    if gives_way:
+        runtime.give_way()
     for number in numbers:
         step, rank = first + number // num_workers, number % num_workers
         ray.get(pace.near.remote(step - steps_ahead))

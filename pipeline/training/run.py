@@ -323,7 +323,7 @@ def fit(prepared: Prepared, *, started: float) -> Position:
                 resources_per_worker={"CPU": WORKER_CPUS} | ({"GPU": 1} if job.device == "cuda" else {}),
             ),
             run_config=run_config(config.output),
-            datasets={"train": partial(_batches, rows, plan, config.output, pace)},
+            datasets={"train": partial(_batches, rows, plan, pace, prepared.device)},
             dataset_config=data_config(),
         )
         try:
@@ -337,9 +337,10 @@ def fit(prepared: Prepared, *, started: float) -> Position:
     return last_position(config.output)
 
 
-def _batches(rows: Any, plan: Plan, output: str, pace: Any) -> Dataset:
+def _batches(rows: Any, plan: Plan, pace: Any, device: str) -> Dataset:
     """Ray Train calls this whenever it starts the workers: after a failure the data go on where they do."""
-    return batches(rows, plan, first=last_position(output).step, pace=pace)
+    first = last_position(plan.config.output).step
+    return batches(rows, plan, first=first, pace=pace, device=device)
 
 
 class Trainer(ray.train.torch.TorchTrainer):

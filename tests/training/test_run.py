@@ -15,9 +15,11 @@ from typing import Any
 import numpy as np
 import psutil
 import pytest
+import ray
 import safetensors.torch
 import torch
 
+from pipeline import runtime
 from pipeline.config import EvaluateConfig, InferConfig, TrainConfig
 from pipeline.errors import ConfigError, PipelineError
 from pipeline.evaluation.report import measure_run
@@ -227,3 +229,15 @@ def test_bfloat16_without_gpus_is_refused(folder, monkeypatch):
     monkeypatch.setattr("pipeline.runtime.cluster_resource", lambda name: 0.0)
     with pytest.raises(ConfigError, match="bfloat16 needs GPUs"):
         choose_device(flags(folder, "half", precision="bfloat16"))
+
+
+def test_data_tasks_leave_the_cores_to_the_workers():
+    @ray.remote
+    def niceness():
+        before = os.getpriority(os.PRIO_PROCESS, 0)
+        for _ in range(2):  # a process that runs several tasks
+            runtime.give_way()
+        return before, os.getpriority(os.PRIO_PROCESS, 0)
+
+    mine = os.getpriority(os.PRIO_PROCESS, 0)
+    assert ray.get(niceness.remote()) == (mine, max(10, mine))
