@@ -75,7 +75,7 @@ def test_two_runs_of_one_seed_are_bit_equal_and_follow_the_recorded_curve(tmp_pa
 def test_eight_images_are_learnt_by_heart(tmp_path):
     index, classes = read_set(make_set(tmp_path, 8))
     learner = new_learner(Recipe(lr=2e-3))
-    num_steps = 100
+    num_steps = 60
     for step in range(num_steps):
         learner.step(global_batch(index, step, batch_size=8), progress=(step + 1) / num_steps)
     images = load_images(index, range(8), height=SIDE, width=SIDE, rule="tf_legacy")
