@@ -124,7 +124,7 @@ def augment_lightly(
     width: int,
     fill: tuple[int, int, int] = IMAGENET_MEAN,
 ) -> Sample:
-    """Augment less, for a detector that is trained already: large crops of every other image, no expansion.
+    """Augment less, for a detector that is trained already: at times a large crop, no expansion.
 
     Colours change last, on the smaller image: 15 -> 9 ms for 640x480. Arguments and result as of `augment`.
     """

@@ -31,7 +31,7 @@ from pipeline.training.samples import Batch
 
 @dataclass(frozen=True)
 class StepResult:
-    """What one step tells; losses are those of the global batch."""
+    """What one step tells; losses are those of the global batch, that of the boxes with its weight."""
 
     box_loss: float
     class_loss: float

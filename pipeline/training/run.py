@@ -143,10 +143,15 @@ def check_output(config: TrainConfig) -> None:
     if "train" not in before.get("flags", {}):
         raise ConfigError(f"--output {config.output} holds another job's output; take another folder")
     old, new = unchanging_flags(before["flags"]), unchanging_flags(flags(config))
+    if unknown := old.keys() ^ new.keys():
+        raise ConfigError(
+            f"--output {config.output} holds a run of another version, which differs in the flag "
+            f"--{min(unknown).replace('_', '-')}; take another --output, or --overwrite"
+        )
     changed = [
-        f"--{name.replace('_', '-')} was {old.get(name)}, now {new.get(name)}"
-        for name in sorted({*old, *new})
-        if old.get(name) != new.get(name)
+        f"--{name.replace('_', '-')} was {old[name]}, now {new[name]}"
+        for name in sorted(new)
+        if old[name] != new[name]
     ]
     if changed:
         raise ConfigError(

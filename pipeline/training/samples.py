@@ -45,7 +45,7 @@ class SampleSettings:
         width: columns of the network's input.
         resize_rule: of images that are not augmented, as in inference.
         fill: RGB around an image that `expand` makes smaller.
-        augmentation: "ssd" is that of the paper, "light" only distorts and flips, "none" only resizes.
+        augmentation: "ssd" is that of the paper, "light" less, see `augment_lightly`, "none" only resizes.
         train_difficult: whether difficult objects are learnt.
         seed: of the run.
     """

@@ -120,7 +120,7 @@ def test_ten_thousand_crops_are_distributed_as_those_of_the_slow_sampler(boxes):
         assert same_distribution([np.histogram(some, bins=12, range=(0, 1.0001))[0] for some in values])
 
 
-def test_light_augmentation_crops_every_other_image_and_never_to_less_than_a_third():
+def test_light_augmentation_crops_at_times_and_never_to_less_than_a_third():
     # The red of a pixel is its column, its green its row; colours are left alone here.
     column, row = np.meshgrid(np.arange(200), np.arange(200))
     pixels = np.stack([column, row, np.zeros_like(row)], axis=2).astype(np.uint8)

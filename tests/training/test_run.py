@@ -9,6 +9,7 @@ import subprocess
 import sys
 import threading
 import time
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -19,12 +20,12 @@ import ray
 import safetensors.torch
 import torch
 
-from pipeline import runtime
 from pipeline.config import EvaluateConfig, InferConfig, TrainConfig
 from pipeline.errors import ConfigError, PipelineError
 from pipeline.evaluation.report import measure_run
 from pipeline.inference.run import infer
 from pipeline.model.checkpoint import read_spec
+from pipeline.training.feed import make_batches
 from pipeline.training.index import index_shards, training_shards
 from pipeline.training.loop import Learner
 from pipeline.training.optimise import freeze
@@ -231,13 +232,36 @@ def test_bfloat16_without_gpus_is_refused(folder, monkeypatch):
         choose_device(flags(folder, "half", precision="bfloat16"))
 
 
-def test_data_tasks_leave_the_cores_to_the_workers():
-    @ray.remote
+@pytest.mark.parametrize("gives_way", [True, False])
+def test_data_tasks_leave_the_cores_to_workers_on_cpus(gives_way):
+    @ray.remote(num_cpus=0, runtime_env={"env_vars": {"FRESH": str(gives_way)}})  # no process of another task
     def niceness():
         before = os.getpriority(os.PRIO_PROCESS, 0)
         for _ in range(2):  # a process that runs several tasks
-            runtime.give_way()
+            assert not list(data_task(range(0)))
         return before, os.getpriority(os.PRIO_PROCESS, 0)
 
-    mine = os.getpriority(os.PRIO_PROCESS, 0)
-    assert ray.get(niceness.remote()) == (mine, max(10, mine))
+    unused: Any = dict.fromkeys(("rows", "pace", "settings"))
+    sizes = {"steps_ahead": 1, "first": 0, "num_workers": 1, "batch_size": 1, "num_samples": 1}
+    data_task = partial(make_batches, **unused, **sizes, gives_way=gives_way)
+    before, after = ray.get(niceness.remote())
+    assert after == (max(before, 10 if before < 15 else 19) if gives_way else before)
+
+
+def test_workers_of_our_own_cluster_have_the_weight_of_its_driver():
+    @ray.remote(num_cpus=0, runtime_env={"env_vars": {"FRESH": "worker"}})
+    def niceness():
+        return os.getpriority(os.PRIO_PROCESS, 0)
+
+    assert ray.get(niceness.remote()) == os.getpriority(os.PRIO_PROCESS, 0)
+
+
+def test_a_run_of_another_version_is_refused_in_words(whole, folder):
+    config, _ = whole
+    record = json.loads((folder / "whole/_run/config.json").read_text())
+    del record["flags"]["box_weight"]
+    other = folder / "older"
+    (other / "_run").mkdir(parents=True)
+    (other / "_run/config.json").write_text(json.dumps(record))
+    with pytest.raises(ConfigError, match="another version, which differs in the flag --box-weight"):
+        train(dataclasses.replace(config, output=str(other)))
