@@ -43,7 +43,7 @@ from tests.training.makers import make_set, save_small_model
 
 pytestmark = [pytest.mark.ray, pytest.mark.usefixtures("ray_cluster"), pytest.mark.timeout(600)]
 ROOT = Path(__file__).resolve().parents[2]
-NUM_STEPS = 100  # 20 epochs of 20 images, 4 a step
+NUM_STEPS = 60  # 12 epochs of 20 images, 4 a step
 
 
 def flags(folder, output, **changes):
@@ -52,11 +52,11 @@ def flags(folder, output, **changes):
         "val": f"{folder}/val",
         "output": f"{folder}/{output}",
         "init": f"{folder}/small.safetensors",
-        "epochs": 20,
+        "epochs": 12,
         "batch_size": 4,
         "augmentation": "light",
         "validations": 2,
-        "checkpoint_steps": 20,
+        "checkpoint_steps": 10,
         "log_s": 2.0,
         "lr": 2e-3,
     }
