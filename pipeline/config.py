@@ -201,17 +201,17 @@ class TrainConfig:
     clip: float = 10.0
     """Longest gradient; 0: no limit."""
     box_weight: float = 1.0
-    """Of the box loss against the class loss (alpha of the paper). 2 brings boxes closer in longer runs; in
-    short ones more objects are missed."""
-    smooth_l1_beta: float = 0.2
-    """From which error on, in encoded units, the box loss is linear; 1 in the paper. Lower values go
-    on pulling at boxes that are nearly right."""
+    """Of the box loss against the class loss (alpha of the paper). Longer runs on a small set gained from 2
+    with --smooth-l1-beta 0.2; in short ones more objects were missed."""
+    smooth_l1_beta: float = 1.0
+    """From which error on, in encoded units, the box loss is linear. Lower values go on pulling at
+    boxes that are nearly right."""
     freeze: int = -1
     """Stages of the backbone, from the image on, that stay as they are: VGG16 has 15, MobileNetV2 19,
     MobileNetV3 18, ResNet-50 4. -1: 5 of MobileNetV2 with trained weights, else none."""
     augmentation: Literal["auto", "ssd", "light", "none"] = "auto"
-    """ssd: distort, expand, crop and flip as in the paper; light: crop a little, distort and flip; none:
-    resize only. auto: light for MobileNetV2 with trained weights (a short run learns more), else ssd."""
+    """ssd: distort, expand, crop and flip as in the paper; light: distort and flip; none: resize only.
+    auto: light for MobileNetV2 with trained weights (a short run learns more from it), else ssd."""
     difficult: bool = True
     """Learn objects marked as difficult (VOC), as the paper does."""
     empty_images: bool = True
