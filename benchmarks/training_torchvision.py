@@ -4,11 +4,10 @@
 
 Both sides begin with the bundled COCO weights and new class heads, see the same number of training images in
 batches of the same size, and are measured on BCCD's test list by the same code (COCO AP). Theirs is
-torchvision's own `SSD` class (its matcher, 3:1 mining, softmax loss, smooth L1 from 1 on, coder,
-post-processing) around the same layers, its "ssd" augmentation preset (photometric distortion, zoom-out,
-IoU crop, flip), and its reference loop: SGD with momentum 0.9 and weight decay 5e-4, linear warm-up over the
-first epoch, a tenth of the rate after 80/120 and 110/120 of the run. Threads and THP_MEM_ALLOC_ENABLE=1 are
-the same on both sides.
+torchvision's own `SSD` class (its matcher, 3:1 mining, softmax loss, coder, post-processing) around the same
+layers, its "ssd" augmentation preset (photometric distortion, zoom-out, IoU crop, flip), and its reference
+loop: SGD with momentum 0.9 and weight decay 5e-4, linear warm-up over the first epoch, a tenth of the rate
+after 80/120 and 110/120 of the run. Threads and THP_MEM_ALLOC_ENABLE=1 are the same on both sides.
 """
 
 import argparse

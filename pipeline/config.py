@@ -200,12 +200,6 @@ class TrainConfig:
     """Decay of the averaged weights, which are what is validated and kept; 0: no averaging."""
     clip: float = 10.0
     """Longest gradient; 0: no limit."""
-    box_weight: float = 1.0
-    """Of the box loss against the class loss (alpha of the paper). Longer runs on a small set gained from 2
-    with --smooth-l1-beta 0.2; in short ones more objects were missed."""
-    smooth_l1_beta: float = 1.0
-    """From which error on, in encoded units, the box loss is linear. Lower values go on pulling at
-    boxes that are nearly right."""
     freeze: int = -1
     """Stages of the backbone, from the image on, that stay as they are: VGG16 has 15, MobileNetV2 19,
     MobileNetV3 18, ResNet-50 4. -1: 5 of MobileNetV2 with trained weights, else none."""
@@ -238,8 +232,6 @@ class TrainConfig:
         for name in ("max_minutes", "weight_decay", "clip", "checkpoint_steps", "hard_negatives", "seed"):
             _check(getattr(self, name) >= 0, f"--{name.replace('_', '-')}", getattr(self, name), "0 or more")
         _check(self.lr > 0, "--lr", self.lr, "above 0")
-        _check(self.box_weight > 0, "--box-weight", self.box_weight, "above 0")
-        _check(self.smooth_l1_beta > 0, "--smooth-l1-beta", self.smooth_l1_beta, "above 0")
         _check(self.log_s > 0, "--log-s", self.log_s, "above 0")
         _check(0 <= self.warmup < 1, "--warmup", self.warmup, "0 <= value < 1")
         _check(0 <= self.ema < 1, "--ema", self.ema, "0 <= value < 1")

@@ -64,10 +64,9 @@ def mine(background_losses: Sequence[float], matched: Sequence[int], *, ratio: i
     return set(candidates[: ratio * num_positives])
 
 
-def smooth_l1(difference: float, beta: float) -> float:
-    """A parabola up to `beta`, and the straight line that goes on from there with slope 1."""
-    size = abs(difference)
-    return size**2 / (2 * beta) if size < beta else size - beta / 2
+def smooth_l1(difference: float) -> float:
+    """Half the square below 1, linear above."""
+    return difference**2 / 2 if abs(difference) < 1 else abs(difference) - 0.5
 
 
 def focal(probability: float, *, alpha: float, gamma: float = 2.0) -> float:

@@ -15,19 +15,14 @@ from pipeline.model.matching import Targets
 
 @dataclass(frozen=True, slots=True)
 class Losses:
-    """The two parts of the objective, each a scalar divided by the number of positives.
-
-    Attributes:
-        boxes: with its weight.
-        classes: of matched and mined default boxes.
-    """
+    """The two parts of the objective, each a scalar divided by the number of positives."""
 
     boxes: Tensor
     classes: Tensor
 
     @property
     def total(self) -> Tensor:
-        """L = (L_conf + alpha L_loc) / N (SSD eq. 1); alpha is 1 there."""
+        """L = (L_conf + alpha L_loc) / N with alpha = 1 (SSD eq. 1)."""
         return self.boxes + self.classes
 
 
@@ -43,8 +38,6 @@ def multibox_loss(
     coder_weights: tuple[float, float] = (10.0, 5.0),
     negatives_per_positive: int = 3,
     negatives_without_positives: int = 0,
-    box_weight: float = 1.0,
-    smooth_l1_beta: float = 1.0,
 ) -> Losses:
     """SSD's objective (section 2.2, eq. 1 to 3): softmax cross entropy and smooth L1, in float32.
 
@@ -65,8 +58,6 @@ def multibox_loss(
         negatives_per_positive: mined default boxes per matched one.
         negatives_without_positives: mined default boxes of an image without any match. 0 is the paper: an
             image without objects teaches nothing. A few (say 3) let it teach what is no object.
-        box_weight: alpha of eq. 1.
-        smooth_l1_beta: from which error on, in encoded units, the box loss is linear (Fast R-CNN, eq. 3: 1).
     """
     with torch.autocast(deltas_NA4.device.type, enabled=False):
         positive_NA = matched_NA >= 0
@@ -79,9 +70,9 @@ def multibox_loss(
         columns_NA = _columns(targets, matched_NA, background_index=background_index)
         chosen_NA = positive_NA | negative_NA
         class_loss = F.cross_entropy(logits_NAC[chosen_NA].float(), columns_NA[chosen_NA], reduction="sum")
-        box_loss = _box_loss(deltas_NA4, targets, matched_NA, priors_cxcywh, coder_weights, smooth_l1_beta)
+        box_loss = _box_loss(deltas_NA4, targets, matched_NA, priors_cxcywh, coder_weights)
         divisor = _divisor(positive_NA, num_positives)
-        return Losses(boxes=box_weight * box_loss / divisor, classes=class_loss / divisor)
+        return Losses(boxes=box_loss / divisor, classes=class_loss / divisor)
 
 
 def focal_loss(
@@ -96,8 +87,6 @@ def focal_loss(
     coder_weights: tuple[float, float] = (10.0, 5.0),
     alpha: float = 0.25,
     gamma: float = 2.0,
-    box_weight: float = 1.0,
-    smooth_l1_beta: float = 1.0,
 ) -> Losses:
     """The objective for models with sigmoid scores: focal loss (arXiv 1708.02002, eq. 5) instead of mining.
 
@@ -113,9 +102,9 @@ def focal_loss(
         is_class_C = torch.arange(logits_NAC.shape[2], device=logits_NAC.device) != background_index
         per_logit_NAC = sigmoid_focal_loss(logits_NAC.float(), wanted_NAC, alpha=alpha, gamma=gamma)
         class_loss = per_logit_NAC[..., is_class_C].sum()
-        box_loss = _box_loss(deltas_NA4, targets, matched_NA, priors_cxcywh, coder_weights, smooth_l1_beta)
+        box_loss = _box_loss(deltas_NA4, targets, matched_NA, priors_cxcywh, coder_weights)
         divisor = _divisor(positive_NA, num_positives)
-        return Losses(boxes=box_weight * box_loss / divisor, classes=class_loss / divisor)
+        return Losses(boxes=box_loss / divisor, classes=class_loss / divisor)
 
 
 @torch.no_grad()
@@ -160,13 +149,12 @@ def _box_loss(
     matched_NA: Tensor,
     priors_cxcywh: Tensor,
     coder_weights: tuple[float, float],
-    smooth_l1_beta: float,
 ) -> Tensor:
     """Smooth L1 between the deltas of the matched default boxes and those of their objects, summed."""
     image, prior = (matched_NA >= 0).nonzero(as_tuple=True)
     boxes_P4 = boxes.to_centres(targets.boxes[image, matched_NA[image, prior]])
     wanted_P4 = boxes.encode(boxes_P4, priors_cxcywh[prior], weights=coder_weights)
-    return F.smooth_l1_loss(deltas_NA4[image, prior].float(), wanted_P4, reduction="sum", beta=smooth_l1_beta)
+    return F.smooth_l1_loss(deltas_NA4[image, prior].float(), wanted_P4, reduction="sum")
 
 
 def _divisor(positive_NA: Tensor, num_positives: Tensor | float | None) -> Tensor:

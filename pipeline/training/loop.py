@@ -31,7 +31,7 @@ from pipeline.training.samples import Batch
 
 @dataclass(frozen=True)
 class StepResult:
-    """What one step tells; losses are those of the global batch, that of the boxes with its weight."""
+    """What one step tells; losses are those of the global batch."""
 
     box_loss: float
     class_loss: float
@@ -165,12 +165,7 @@ class Learner:
         with torch.autocast(self.device.type, dtype=torch.bfloat16, enabled=lower):
             deltas_NA4, logits_NAC = self._forward(images_N3HW)
         spec = self.model.spec
-        shared: dict[str, Any] = {
-            "num_positives": num_positives,
-            "coder_weights": spec.coder_weights,
-            "box_weight": self.recipe.box_weight,
-            "smooth_l1_beta": self.recipe.smooth_l1_beta,
-        }
+        shared = {"num_positives": num_positives, "coder_weights": spec.coder_weights}
         if spec.score_function == "sigmoid":
             return focal_loss(deltas_NA4, logits_NAC, targets, matched_NA, self.model.priors_cxcywh, **shared)
         return multibox_loss(

@@ -29,8 +29,6 @@ class Recipe:
         warmup: share of the run in which the rate rises from 0.
         ema_decay: highest decay of the averaged weights; 0 for none.
         clip_norm: longest gradient; 0 for no limit.
-        box_weight: of the box loss against the class loss.
-        smooth_l1_beta: from which error on the box loss is linear.
         negatives_per_positive: mined default boxes (softmax models).
         negatives_without_positives: mined default boxes of an image without objects (softmax models).
         precision: of the forward pass; the loss and L2Norm are always float32.
@@ -46,8 +44,6 @@ class Recipe:
     warmup: float = 0.03
     ema_decay: float = 0.9998
     clip_norm: float = 10.0
-    box_weight: float = 1.0
-    smooth_l1_beta: float = 1.0
     negatives_per_positive: int = 3
     negatives_without_positives: int = 0
     precision: Literal["float32", "bfloat16"] = "float32"

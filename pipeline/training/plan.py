@@ -169,8 +169,6 @@ def make_recipe(config: TrainConfig, *, device: str) -> Recipe:
         warmup=config.warmup,
         ema_decay=config.ema,
         clip_norm=config.clip,
-        box_weight=config.box_weight,
-        smooth_l1_beta=config.smooth_l1_beta,
         negatives_without_positives=config.hard_negatives,
         precision=precision,
         micro_batches=config.accumulate,

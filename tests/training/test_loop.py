@@ -83,19 +83,6 @@ def test_eight_images_are_learnt_by_heart(tmp_path):
     assert numbers["AP"] >= 0.95
 
 
-def test_the_recipe_says_how_much_boxes_weigh_and_how_large_errors_count(tmp_path):
-    index, _ = read_set(make_set(tmp_path, 4))
-    batch = global_batch(index, 0, batch_size=4)
-    plain, heavy, linear = (
-        new_learner(recipe).step(batch, progress=0.5)
-        for recipe in (Recipe(), Recipe(box_weight=2.0), Recipe(smooth_l1_beta=1e-6))
-    )
-    assert heavy.box_loss == pytest.approx(2 * plain.box_loss)
-    assert heavy.class_loss == linear.class_loss == plain.class_loss
-    # Half the square up to 1 and the size less one half beyond: four numbers of each match lose 2 at most.
-    assert plain.box_loss < linear.box_loss <= plain.box_loss + 2
-
-
 def test_a_resumed_learner_goes_on_as_if_nothing_had_happened(tmp_path):
     index, _ = read_set(make_set(tmp_path, 8))
     recipe = Recipe(optimizer="adamw")

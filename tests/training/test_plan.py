@@ -162,11 +162,6 @@ def test_a_checkpoint_brings_its_own_input_size(sets, tmp_path):
     assert (made.height, made.width, made.fill) == (128, 128, (128, 128, 128))
 
 
-def test_the_flags_of_the_box_loss_reach_the_recipe(sets):
-    recipe = make_recipe(config(sets, box_weight=3.0, smooth_l1_beta=0.5), device="cpu")
-    assert (recipe.box_weight, recipe.smooth_l1_beta) == (3.0, 0.5)
-
-
 def test_precision_follows_the_device_unless_it_is_given(sets):
     assert make_recipe(config(sets), device="cuda").precision == "bfloat16"
     assert make_recipe(config(sets), device="cpu").precision == "float32"

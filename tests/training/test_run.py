@@ -259,9 +259,9 @@ def test_workers_of_our_own_cluster_have_the_weight_of_its_driver():
 def test_a_run_of_another_version_is_refused_in_words(whole, folder):
     config, _ = whole
     record = json.loads((folder / "whole/_run/config.json").read_text())
-    del record["flags"]["box_weight"]
+    del record["flags"]["warmup"]
     other = folder / "older"
     (other / "_run").mkdir(parents=True)
     (other / "_run/config.json").write_text(json.dumps(record))
-    with pytest.raises(ConfigError, match="another version, which differs in the flag --box-weight"):
+    with pytest.raises(ConfigError, match="another version, which differs in the flag --warmup"):
         train(dataclasses.replace(config, output=str(other)))
