@@ -55,7 +55,7 @@ def cluster_resource(name: str) -> float:
 def give_way() -> None:
     """From here on this task's thread, and those it starts, come after usual workers where cores are short.
 
-    It has a tenth of a worker's weight on a cluster of our own, two fifths where workers have Ray's niceness of 15.
+    It has a tenth of a worker's weight on a cluster of our own, two fifths where workers have Ray's 15.
     """
     niceness = os.getpriority(os.PRIO_PROCESS, 0)
     os.setpriority(os.PRIO_PROCESS, 0, max(niceness, 10 if niceness < 15 else 19))
