@@ -169,8 +169,9 @@ class TrainConfig:
     or vgg16_reducedfc), or none for random ones. auto: the bundled weights, for the network that has them."""
     priors: Literal["coco", "voc"] = "coco"
     """Default boxes, where --init doesn't bring them: coco has smaller ones than voc."""
-    epochs: int = 100
-    """Times that every image is seen, unless --max-minutes ends the run before."""
+    epochs: int = 24
+    """Times that every image is seen, unless --max-minutes ends the run before. Trained weights need no more
+    on a small set: it is learnt by heart then, and AP on other images falls."""
     max_minutes: float = 0.0
     """Budget of the whole job, from its start to the last validation; the learning rate falls to its end
     within the budget. 0: no limit. Minutes of earlier, interrupted jobs of the run count."""

@@ -107,7 +107,11 @@ def initial_model(config: TrainConfig, classes: Classes) -> SSD:
                 f"give --architecture {model.spec.architecture}"
             )
         model = replace_classes(model, class_names=classes.names, label_ids=classes.ids, generator=generator)
-    model.spec = replace(model.spec, provenance=f"shardshot training; begun with {init}")
+    # As augmentation resizes. TensorFlow 1's rule shows objects half a pixel of BCCD's photographs beside the
+    # place where they were learnt: AP on val .551 rather than .559, and .561 rather than .565 (two runs).
+    model.spec = replace(
+        model.spec, provenance=f"shardshot training; begun with {init}", resize_rule="bilinear"
+    )
     freeze(model, num_frozen(config))
     return model
 

@@ -1,6 +1,5 @@
-"""The training job's command line: the plan, object storage, and one clear line for bad input."""
+"""The training job's command line: the plan, and one clear line for bad input."""
 
-import os
 import runpy
 import subprocess
 import sys
@@ -8,11 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from pipeline import storage
-from pipeline.model.checkpoint import read_spec
-from tests import servers
 from tests.makers import make_tar_shard
-from tests.training.makers import make_set, save_small_model
+from tests.training.makers import make_set
 
 ROOT = Path(__file__).resolve().parents[2]
 JOB = ROOT / "jobs/train.py"
@@ -49,34 +45,6 @@ def test_dry_run_shows_the_plan_of_a_one_image_set_and_writes_nothing(sets, tmp_
     for part in ("1 images to learn from", "10 disc", "20 square", "2 steps of 2 images = 3 epochs"):
         assert part in job.stdout
     assert not (tmp_path / "out").exists()
-
-
-@pytest.mark.ray
-def test_from_and_to_s3(tmp_path, monkeypatch):
-    with servers.moto() as environment:
-        for name, value in environment.items():
-            monkeypatch.setenv(name, value)
-        fs, _ = storage.split("s3://bucket")
-        fs.mkdir("bucket")
-        for seed, split in enumerate(("train", "val")):
-            for file in make_set(tmp_path / split, 6, seed=seed).iterdir():
-                storage.write_atomic(f"s3://bucket/{split}/{file.name}", file.read_bytes())
-        weights = save_small_model(tmp_path / "small.safetensors")
-        folders = [f"--{name}=s3://bucket/{name}" for name in ("train", "val", "output")]
-        flags = [*folders, "--init", str(weights), "--epochs=2", "--batch-size=4", "--validations=1"]
-        for said in ("Done: 3 steps", "This run is done already"):
-            job = subprocess.run(
-                [sys.executable, JOB, *flags],
-                cwd=ROOT,
-                env=os.environ,
-                capture_output=True,
-                text=True,
-                check=False,
-            )
-            assert (job.returncode, said in job.stdout) == (0, True), job.stdout + job.stderr
-            assert "testing-secret" not in job.stdout + job.stderr
-        assert read_spec("s3://bucket/output/model.safetensors").class_names == ("disc", "square")
-        assert storage.list_names("s3://bucket/output") >= {"model.safetensors", "checkpoints", "tensorboard"}
 
 
 def test_weights_of_another_architecture_are_refused(sets, refused):

@@ -2,6 +2,7 @@
 
 import contextlib
 import dataclasses
+import io
 import json
 import os
 import signal
@@ -20,6 +21,7 @@ import ray
 import safetensors.torch
 import torch
 
+from pipeline import storage
 from pipeline.config import EvaluateConfig, InferConfig, TrainConfig
 from pipeline.errors import ConfigError, PipelineError
 from pipeline.evaluation.report import measure_run
@@ -39,6 +41,7 @@ from pipeline.training.plan import (
 )
 from pipeline.training.run import choose_device, dry_run, last_position, train
 from pipeline.training.samples import load_batch
+from tests import servers
 from tests.training.makers import make_set, save_small_model
 
 pytestmark = [pytest.mark.ray, pytest.mark.usefixtures("ray_cluster"), pytest.mark.timeout(600)]
@@ -46,21 +49,21 @@ ROOT = Path(__file__).resolve().parents[2]
 NUM_STEPS = 60  # 12 epochs of 20 images, 4 a step
 
 
+GIVEN: dict[str, Any] = {
+    "epochs": 12,
+    "batch_size": 4,
+    "augmentation": "light",
+    "validations": 2,
+    "checkpoint_steps": 10,
+    "log_s": 2.0,
+    "lr": 2e-3,
+}
+
+
 def flags(folder, output, **changes):
-    given: dict[str, Any] = {
-        "train": f"{folder}/train",
-        "val": f"{folder}/val",
-        "output": f"{folder}/{output}",
-        "init": f"{folder}/small.safetensors",
-        "epochs": 12,
-        "batch_size": 4,
-        "augmentation": "light",
-        "validations": 2,
-        "checkpoint_steps": 10,
-        "log_s": 2.0,
-        "lr": 2e-3,
-    }
-    return TrainConfig(**(given | changes))
+    places = {name: f"{folder}/{name}" for name in ("train", "val")}
+    places |= {"output": f"{folder}/{output}", "init": f"{folder}/small.safetensors"}
+    return TrainConfig(**(places | GIVEN | changes))
 
 
 @pytest.fixture(scope="module")
@@ -87,8 +90,9 @@ def weights(output):
 
 def last_state(output):
     """What the last checkpoint of a run holds."""
-    newest = max(Path(output, "checkpoints").glob("checkpoint_*/learner.pt"))
-    return torch.load(newest, weights_only=True)
+    kept = [file.uri for file in storage.list_files(f"{output}/checkpoints")]
+    newest = max(uri for uri in kept if uri.endswith("/learner.pt"))
+    return torch.load(io.BytesIO(storage.read_bytes(newest)), weights_only=True)
 
 
 def assert_same_run(output, other):
@@ -165,23 +169,32 @@ def test_a_worker_that_is_killed_costs_no_step_and_no_bit(whole, folder):
     assert_same_run(config.output, whole[0].output)
 
 
-def test_a_driver_that_is_killed_goes_on_with_the_same_command(whole, folder):
-    config = flags(folder, "driver-killed")
-    given = {name.replace("_", "-"): getattr(config, name) for name in config.__dataclass_fields__}
-    command = [sys.executable, str(ROOT / "jobs" / "train.py")]
-    for name in ("train", "val", "output", "init", "epochs", "batch-size", "augmentation"):
-        command += [f"--{name}", str(given[name])]
-    for name in ("validations", "checkpoint-steps", "log-s", "lr"):
-        command += [f"--{name}", str(given[name])]
-    environment = {k: v for k, v in os.environ.items() if k != "RAY_ADDRESS"}
-    with subprocess.Popen(command, env=environment, stdout=subprocess.DEVNULL, start_new_session=True) as job:
-        wait_for_checkpoint(config.output)
-        os.killpg(job.pid, signal.SIGKILL)
-    position = last_position(config.output)
-    assert 0 < position.step < NUM_STEPS
-    outcome = train(config)
-    assert outcome.position.step == NUM_STEPS
-    assert_same_run(config.output, whole[0].output)
+def test_a_driver_that_is_killed_goes_on_with_the_same_command_on_s3(whole, folder, monkeypatch):
+    with servers.moto() as environment:
+        for name, value in environment.items():
+            monkeypatch.setenv(name, value)
+        fs, _ = storage.split("s3://bucket")
+        fs.mkdir("bucket")
+        for file in (*folder.glob("train/*"), *folder.glob("val/*")):
+            storage.write_atomic(f"s3://bucket/{file.parent.name}/{file.name}", file.read_bytes())
+        config = flags("s3://bucket", "output", init=f"{folder}/small.safetensors")
+        command = [sys.executable, str(ROOT / "jobs" / "train.py")]
+        for name in ("train", "val", "output", "init", *GIVEN):
+            command += [f"--{name.replace('_', '-')}", str(getattr(config, name))]
+        own = {k: v for k, v in os.environ.items() if k != "RAY_ADDRESS"}  # a cluster of its own
+        with subprocess.Popen(command, env=own, stdout=subprocess.DEVNULL, start_new_session=True) as job:
+            wait_for_checkpoint(config.output)
+            os.killpg(job.pid, signal.SIGKILL)
+        assert 0 < last_position(config.output).step < NUM_STEPS
+        done = subprocess.run(command, env=own, capture_output=True, text=True, check=False)
+        assert (done.returncode, f"Done: {NUM_STEPS} steps" in done.stdout) == (0, True), (
+            done.stdout + done.stderr
+        )
+        assert "testing-secret" not in done.stdout + done.stderr
+        assert train(config).was_done
+        assert_same_run(config.output, whole[0].output)
+        assert read_spec(f"{config.output}/model.safetensors").class_names == ("disc", "square")
+        assert storage.list_names(config.output) >= {"model.safetensors", "checkpoints", "tensorboard"}
 
 
 def steps_without_ray(config, num_steps, *, order_seed=0):
