@@ -169,9 +169,9 @@ class TrainConfig:
     or vgg16_reducedfc), or none for random ones. auto: the bundled weights, for the network that has them."""
     priors: Literal["coco", "voc"] = "coco"
     """Default boxes, where --init doesn't bring them: coco has smaller ones than voc."""
-    epochs: int = 24
-    """Times that every image is seen, unless --max-minutes ends the run before. Trained weights need no more
-    on a small set: it is learnt by heart then, and AP on other images falls."""
+    epochs: int = 0
+    """Times that every image is seen, unless --max-minutes ends the run before. 0: 12, and more of a set so
+    small that it would be under 300 steps. More teach trained weights a small set by heart."""
     max_minutes: float = 0.0
     """Budget of the whole job, from its start to the last validation; the learning rate falls to its end
     within the budget. 0: no limit. Minutes of earlier, interrupted jobs of the run count."""
@@ -228,9 +228,17 @@ class TrainConfig:
     """Check everything, print the plan, and stop."""
 
     def __post_init__(self) -> None:
-        for name in ("epochs", "batch_size", "accumulate", "workers", "validations"):
+        for name in ("batch_size", "accumulate", "workers", "validations"):
             _check(getattr(self, name) >= 1, f"--{name.replace('_', '-')}", getattr(self, name), "1 or more")
-        for name in ("max_minutes", "weight_decay", "clip", "checkpoint_steps", "hard_negatives", "seed"):
+        for name in (
+            "epochs",
+            "max_minutes",
+            "weight_decay",
+            "clip",
+            "checkpoint_steps",
+            "hard_negatives",
+            "seed",
+        ):
             _check(getattr(self, name) >= 0, f"--{name.replace('_', '-')}", getattr(self, name), "0 or more")
         _check(self.lr > 0, "--lr", self.lr, "above 0")
         _check(self.log_s > 0, "--log-s", self.log_s, "above 0")

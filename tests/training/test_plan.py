@@ -156,6 +156,18 @@ def test_the_plan_tells_images_boxes_steps_and_rates(sets):
     assert "5 of 19 backbone stages frozen" in text
 
 
+@pytest.mark.parametrize(
+    ("given", "num_images", "epochs", "steps"),
+    [(0, 200, 12, 300), (0, 1000, 12, 1500), (0, 6, 400, 300), (0, 7, 343, 301), (5, 6, 5, 4)],
+)
+def test_without_a_number_of_epochs_small_sets_are_seen_more_often(sets, given, num_images, epochs, steps):
+    wanted = config(sets, epochs=given, batch_size=8)
+    train, classes = read_set(sets / "train")
+    plan = make_plan(wanted, classes, initial_model(wanted, classes), train=train, val=train)
+    plan = dataclasses.replace(plan, num_images=num_images)
+    assert (plan.num_epochs, plan.num_steps) == (epochs, steps)
+
+
 def test_a_checkpoint_brings_its_own_input_size(sets, tmp_path):
     init = save_small_model(tmp_path / "small.safetensors")
     wanted = config(sets, init=str(init))
@@ -197,7 +209,7 @@ def test_precision_follows_the_device_unless_it_is_given(sets):
     ("flags", "message"),
     [
         ({"batch_size": 9, "workers": 2}, "--batch-size 9 can't be divided among --workers 2"),
-        ({"epochs": 0}, "--epochs 0 is out of range"),
+        ({"epochs": -1}, "--epochs -1 is out of range"),
         ({"lr": 0.0}, "--lr 0.0"),
         ({"milestones": (0.5, 1.5)}, "--milestones"),
         ({"max_minutes": -1.0}, "--max-minutes -1.0"),

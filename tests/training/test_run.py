@@ -61,7 +61,7 @@ GIVEN: dict[str, Any] = {
 
 
 def flags(folder, output, **changes):
-    places = {name: f"{folder}/{name}" for name in ("train", "val")}
+    places: dict[str, Any] = {name: f"{folder}/{name}" for name in ("train", "val")}
     places |= {"output": f"{folder}/{output}", "init": f"{folder}/small.safetensors"}
     return TrainConfig(**(places | GIVEN | changes))
 
