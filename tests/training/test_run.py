@@ -177,7 +177,8 @@ def test_a_driver_that_is_killed_goes_on_with_the_same_command_on_s3(whole, fold
         fs.mkdir("bucket")
         for file in (*folder.glob("train/*"), *folder.glob("val/*")):
             storage.write_atomic(f"s3://bucket/{file.parent.name}/{file.name}", file.read_bytes())
-        config = flags("s3://bucket", "output", init=f"{folder}/small.safetensors")
+        init = f"{folder}/small.safetensors"
+        config = flags("s3://bucket", "output", init=init, checkpoint_steps=25)  # a slow server
         command = [sys.executable, str(ROOT / "jobs" / "train.py")]
         for name in ("train", "val", "output", "init", *GIVEN):
             command += [f"--{name.replace('_', '-')}", str(getattr(config, name))]
