@@ -170,8 +170,8 @@ class TrainConfig:
     priors: Literal["coco", "voc"] = "coco"
     """Default boxes, where --init doesn't bring them: coco has smaller ones than voc."""
     epochs: int = 0
-    """Times that every image is seen, unless --max-minutes ends the run before. 0: 12, and more of a set so
-    small that it would be under 300 steps. More teach trained weights a small set by heart."""
+    """Times that every image is seen, unless --max-minutes ends the run before. 0: 48, or 12 with less than
+    15 minutes, and more of a set so small that it would be under 300 steps."""
     max_minutes: float = 0.0
     """Budget of the whole job, from its start to the last validation; the learning rate falls to its end
     within the budget. 0: no limit. Minutes of earlier, interrupted jobs of the run count."""
@@ -204,9 +204,10 @@ class TrainConfig:
     freeze: int = -1
     """Stages of the backbone, from the image on, that stay as they are: VGG16 has 15, MobileNetV2 19,
     MobileNetV3 18, ResNet-50 4. -1: 5 of MobileNetV2 with trained weights, else none."""
-    augmentation: Literal["auto", "ssd", "light", "none"] = "auto"
-    """ssd: distort, expand, crop and flip as in the paper; light: distort and flip; none: resize only.
-    auto: light for MobileNetV2 with trained weights (a short run learns more from it), else ssd."""
+    augmentation: Literal["auto", "ssd", "crops", "light", "none"] = "auto"
+    """ssd: distort, expand, crop and flip as in the paper; crops: large crops, distort and flip; light:
+    distort and flip; none: resize only. auto: ssd, but for MobileNetV2 with trained weights light in runs of
+    up to 12 epochs (or less than 15 minutes) and crops in longer ones, which learn a small set by heart."""
     difficult: bool = True
     """Learn objects marked as difficult (VOC), as the paper does."""
     empty_images: bool = True

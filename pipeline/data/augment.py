@@ -26,6 +26,8 @@ INTERPOLATIONS: tuple[Interpolation, ...] = get_args(Interpolation)
 # of an image that has objects (Caffe states it as "IoU of at most 1").
 SAMPLERS: tuple[float | None, ...] = (None, 0.1, 0.3, 0.5, 0.7, 0.9, 0.0)
 NUM_TRIALS = 50
+# Square root of the smallest patch's share of the window's area: the paper's, and for trained detectors.
+MIN_SCALE, LARGE_SCALE = 0.3, 0.5
 IMAGENET_MEAN = (123, 117, 104)
 
 
@@ -115,6 +117,26 @@ def augment(
     return flip(sample, rng)
 
 
+def augment_lightly(
+    sample: Sample,
+    rng: np.random.Generator,
+    *,
+    height: int,
+    width: int,
+    fill: tuple[int, int, int] = IMAGENET_MEAN,
+    crops: bool,
+) -> Sample:
+    """Augment less, for a detector that is trained already: no expansion, and large crops if any.
+
+    Colours change last, on the smaller image: 15 -> 9 ms for 640x480. `crops`: to patches of `LARGE_SCALE` at
+    least. Other arguments and the result as of `augment`.
+    """
+    if crops:
+        sample = crop(sample, rng, min_scale=LARGE_SCALE)
+    sample = resize(sample, rng, height=height, width=width, fill=fill)
+    return flip(recolour(distort(sample, rng)), rng)
+
+
 def distort(sample: Sample, rng: np.random.Generator) -> Sample:
     """Choose colour changes: each with probability 0.5, contrast second or last.
 
@@ -153,16 +175,18 @@ def expand(sample: Sample, rng: np.random.Generator) -> Sample:
     return replace(sample, window=Window(left, top, left + width, top + height))
 
 
-def crop(sample: Sample, rng: np.random.Generator) -> Sample:
+def crop(sample: Sample, rng: np.random.Generator, *, min_scale: float = MIN_SCALE) -> Sample:
     """Crop to a random patch: objects whose centre is outside are dropped, the others clipped to it."""
-    _, window = sample_window(sample.boxes, sample.window, rng)
+    _, window = sample_window(sample.boxes, sample.window, rng, min_scale=min_scale)
     centres = (sample.boxes[:, :2] + sample.boxes[:, 2:]) / 2
     inside = np.all((centres >= window[:2]) & (centres <= window[2:]), axis=1)
     boxes = np.clip(sample.boxes[inside], window[:2] * 2, window[2:] * 2).astype(np.float32)
     return replace(sample, boxes=boxes, labels=sample.labels[inside], window=window)
 
 
-def sample_window(boxes_G4: np.ndarray, window: Window, rng: np.random.Generator) -> tuple[int, Window]:
+def sample_window(
+    boxes_G4: np.ndarray, window: Window, rng: np.random.Generator, *, min_scale: float = MIN_SCALE
+) -> tuple[int, Window]:
     """Choose a patch of the window as Caffe's batch samplers do.
 
     Every sampler of `SAMPLERS` tries up to 50 patches and keeps the first that satisfies it; then one of the
@@ -173,7 +197,7 @@ def sample_window(boxes_G4: np.ndarray, window: Window, rng: np.random.Generator
         The index of the sampler in `SAMPLERS`, and its patch.
     """
     constraints = np.array(SAMPLERS[1:], dtype=np.float32)
-    candidates_S4 = _random_patches(window, len(constraints) * NUM_TRIALS, rng)
+    candidates_S4 = _random_patches(window, len(constraints) * NUM_TRIALS, rng, min_scale=min_scale)
     best_iou_S = _best_iou(candidates_S4, boxes_G4).reshape(len(constraints), NUM_TRIALS)
     satisfied = best_iou_S >= constraints[:, None]
     found = np.flatnonzero(satisfied.any(axis=1))
@@ -215,10 +239,12 @@ def flip(sample: Sample, rng: np.random.Generator) -> Sample:
     return replace(sample, pixels=np.ascontiguousarray(sample.pixels[:, ::-1]), boxes=boxes)
 
 
-def _random_patches(window: Window, num_patches: int, rng: np.random.Generator) -> np.ndarray:
-    """Patches of scale 0.3 to 1 and aspect ratio 0.5 to 2, int64 [S, 4] xyxy in whole pixels."""
+def _random_patches(
+    window: Window, num_patches: int, rng: np.random.Generator, *, min_scale: float = MIN_SCALE
+) -> np.ndarray:
+    """Patches of scale `min_scale` to 1 and aspect ratio 0.5 to 2, int64 [S, 4] xyxy in whole pixels."""
     scale, aspect, x, y = rng.random((4, num_patches))
-    scale = 0.3 + 0.7 * scale
+    scale = min_scale + (1 - min_scale) * scale
     # Clamped so that neither side is longer than the window's.
     aspect = np.clip(0.5 + 1.5 * aspect, scale**2, 1 / scale**2)
     relative = np.stack([scale * np.sqrt(aspect), scale / np.sqrt(aspect)], axis=1)

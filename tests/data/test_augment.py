@@ -2,6 +2,7 @@ import colorsys
 import random
 from collections import Counter
 from dataclasses import replace
+from functools import partial
 
 import numpy as np
 import pytest
@@ -55,10 +56,11 @@ def test_augment_gives_the_same_image_for_the_same_generator():
     np.testing.assert_array_equal(first.boxes, second.boxes)
 
 
+@pytest.mark.parametrize("change", [augment.augment, partial(augment.augment_lightly, crops=True)])
 @settings(deadline=None, max_examples=60)
 @given(samples(), st.integers(0, 2**32))
-def test_augment_keeps_boxes_inside_with_positive_area(sample, seed):
-    result = augment.augment(sample, np.random.default_rng(seed), height=30, width=40)
+def test_augmentation_keeps_boxes_inside_with_positive_area(change, sample, seed):
+    result = change(sample, np.random.default_rng(seed), height=30, width=40)
 
     assert (result.pixels.shape, result.pixels.dtype) == ((30, 40, 3), np.uint8)
     assert (result.boxes.dtype, result.labels.dtype) == (np.float32, np.int64)
@@ -117,6 +119,30 @@ def test_ten_thousand_crops_are_distributed_as_those_of_the_slow_sampler(boxes):
     for quantity in (lambda box: box[2] - box[0], lambda box: box[3] - box[1], lambda box: box[0]):
         values = [quantity(box) / size for _, box in ours], [quantity(box) for _, box in slow]
         assert same_distribution([np.histogram(some, bins=12, range=(0, 1.0001))[0] for some in values])
+
+
+@pytest.mark.parametrize("crops", [False, True])
+def test_light_augmentation_shows_at_least_a_quarter_of_an_image_and_all_of_it_without_crops(crops):
+    # The red of a pixel is its column, its green its row; colours are left alone here.
+    column, row = np.meshgrid(np.arange(200), np.arange(200))
+    pixels = np.stack([column, row, np.zeros_like(row)], axis=2).astype(np.uint8)
+    boxes, labels = np.array([[75, 75, 125, 125]], np.float32), np.ones(1, np.int64)
+    rng, areas = np.random.default_rng(0), []
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(augment, "distort", lambda sample, rng: sample)
+        patch.setattr(augment, "INTERPOLATIONS", ("nearest",))
+        for _ in range(600):
+            sample = whole_image(pixels, boxes, labels)
+            seen = augment.augment_lightly(sample, rng, height=200, width=200, crops=crops)
+            shown = seen.pixels[..., :2].reshape(-1, 2).astype(int)
+            areas.append(np.prod(np.ptp(shown, axis=0) + 1) / pixels[..., 0].size)
+    if not crops:
+        assert set(areas) == {1}
+        return
+    assert 0.25 - 0.01 < min(areas) < 0.3
+    # The object is at most a quarter of such a patch: of the samplers with an IoU only 0.1 finds one, then
+    # there are "any patch" and the whole image.
+    assert binomtest(sum(area < 1 for area in areas), 600, 2 / 3).pvalue > 0.01
 
 
 def test_fifty_thousand_candidate_patches_are_distributed_as_the_slow_ones():

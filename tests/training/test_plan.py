@@ -157,15 +157,35 @@ def test_the_plan_tells_images_boxes_steps_and_rates(sets):
 
 
 @pytest.mark.parametrize(
-    ("given", "num_images", "epochs", "steps"),
-    [(0, 200, 12, 300), (0, 1000, 12, 1500), (0, 6, 400, 300), (0, 7, 343, 301), (5, 6, 5, 4)],
+    ("given", "minutes", "num_images", "epochs", "augmentation"),
+    [
+        (0, 0, 1000, 48, "crops"),
+        (0, 15, 1000, 48, "crops"),
+        (0, 14.9, 1000, 12, "light"),
+        (0, 5, 200, 12, "light"),
+        (0, 5, 6, 400, "light"),  # 300 steps at least
+        (0, 5, 7, 343, "light"),
+        (0, 0, 6, 400, "crops"),
+        (12, 25, 6, 12, "light"),
+        (13, 1, 6, 13, "crops"),
+    ],
 )
-def test_without_a_number_of_epochs_small_sets_are_seen_more_often(sets, given, num_images, epochs, steps):
-    wanted = config(sets, epochs=given, batch_size=8)
+def test_short_runs_are_given_fewer_epochs_without_crops(
+    sets, given, minutes, num_images, epochs, augmentation
+):
+    wanted = config(sets, epochs=given, max_minutes=minutes, batch_size=8)
     train, classes = read_set(sets / "train")
     plan = make_plan(wanted, classes, initial_model(wanted, classes), train=train, val=train)
     plan = dataclasses.replace(plan, num_images=num_images)
-    assert (plan.num_epochs, plan.num_steps) == (epochs, steps)
+    assert (plan.num_epochs, plan.num_steps) == (epochs, -(-epochs * num_images // 8))
+    assert sample_settings(wanted, plan.spec).augmentation == augmentation
+
+
+def test_networks_without_trained_weights_are_augmented_as_in_the_paper(sets):
+    for flags in ({"init": "none"}, {"architecture": "ssd300_vgg16", "init": "none"}):
+        wanted = config(sets, **flags)
+        model = initial_model(wanted, read_classes(str(sets / "train")))
+        assert sample_settings(wanted, model.spec).augmentation == "ssd"
 
 
 def test_a_checkpoint_brings_its_own_input_size(sets, tmp_path):

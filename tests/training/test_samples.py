@@ -39,7 +39,7 @@ def test_boxes_follow_the_resize(tmp_path):
     np.testing.assert_allclose(batch.boxes[0], wanted, rtol=1e-6)
 
 
-@pytest.mark.parametrize("augmentation", ["ssd", "light"])
+@pytest.mark.parametrize("augmentation", ["ssd", "crops", "light"])
 def test_augmentation_depends_on_seed_and_epoch_alone(tmp_path, augmentation):
     index, _ = read_set(make_set(tmp_path, 3))
     first = load_batch(picked(0, 1), index, settings(augmentation))
