@@ -54,8 +54,8 @@ def assert_equal(first, second):
     assert all(torch.equal(first[name], second[name]) for name in first)
 
 
-def first_losses(index, num_steps=20):
-    learner = new_learner(Recipe(lr=1e-4))  # at 5e-4 rounding grows to 0.2 of a loss within 20 steps
+def first_losses(index, recipe, num_steps=20):
+    learner = new_learner(recipe)
     results = [
         learner.step(global_batch(index, step, batch_size=4, augmentation="ssd"), progress=(step + 1) / 100)
         for step in range(num_steps)
@@ -63,12 +63,20 @@ def first_losses(index, num_steps=20):
     return learner, [result.loss for result in results]
 
 
-def test_two_runs_of_one_seed_are_bit_equal_and_follow_the_recorded_curve(tmp_path):
+def test_two_runs_of_one_seed_are_bit_equal(tmp_path):
     index, _ = read_set(make_set(tmp_path, 12))
-    first, losses = first_losses(index)
-    second, again = first_losses(index)
+    first, losses = first_losses(index, Recipe())
+    second, again = first_losses(index, Recipe())
     assert losses == again
     assert_equal(weights(first), weights(second))
+
+
+def test_the_first_losses_follow_a_recorded_curve(tmp_path):
+    # Losses change by up to 1.07 in these steps. Processors round differently, and AdamW makes much of it:
+    # with other instruction sets (ATEN_CPU_CAPABILITY and ONEDNN_MAX_CPU_ISA) its losses differ by up to 0.03
+    # within 20 steps at 1e-4, those of SGD at 5e-5 by 1e-5.
+    index, _ = read_set(make_set(tmp_path, 12))
+    _, losses = first_losses(index, Recipe(optimizer="sgd", lr=5e-5))
     np.testing.assert_allclose(losses, np.loadtxt(RECORDED), atol=1e-3)
 
 
