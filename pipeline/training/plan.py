@@ -28,7 +28,7 @@ from pipeline.training.samples import SampleSettings
 # is much of the cost. BCCD, 2,400 images, one seed, focal loss: AP on val 0.575 with 5 of them, 0.556
 # with 8.
 MOBILENET_FROZEN = 5
-# Without crops a small set is learnt by heart from the 15th epoch on: BCCD, 205 images, a run of 24 epochs,
+# Without crops a small set is learnt by heart after 12 to 18 epochs: BCCD, 205 images, a run of 24 epochs,
 # AP on val after 62, 132, 294, 464 and 615 steps: .499, .563, .577, .566, .564. With crops a run of 12
 # epochs misses more objects (AP50 .891 rather than .897, two seeds), but one of 48 goes on learning: AP .567,
 # .573, .592, .592 and AP50 .890, .890, .903, .903 after each quarter (one seed).
