@@ -29,7 +29,7 @@ from pipeline.config import TrainConfig
 from pipeline.training.feed import Pace, batches, data_config
 from pipeline.training.loop import Learner
 from pipeline.training.order import picks
-from pipeline.training.plan import make_recipe, sample_settings
+from pipeline.training.plan import make_recipe
 from pipeline.training.run import Prepared, prepare
 from pipeline.training.samples import Batch, from_row, load_batch
 
@@ -41,7 +41,7 @@ class Batches(Dataset[Batch]):
 
     def __init__(self, prepared: Prepared, count: int) -> None:
         self.table, self.config = prepared.tables["train"][0], prepared.plan.config
-        self.settings, self.count = sample_settings(self.config, prepared.plan.spec), count
+        self.settings, self.count = prepared.plan.samples, count
 
     def __len__(self) -> int:
         return self.count

@@ -146,7 +146,8 @@ def their_sample(data: bytes, row: dict, preset: v2.Compose) -> tuple[Tensor, di
 def ours(data: Tables, classes: Classes, seed: int, args: argparse.Namespace) -> dict[str, float]:
     config = TrainConfig(train="t", val="v", output="o", seed=seed, batch_size=args.batch_size)
     learner = Learner(initial_model(config, classes), make_recipe(config, device="cpu"))
-    settings = sample_settings(config, learner.model.spec)
+    epochs = args.images // len(data["train"])
+    settings = sample_settings(config, learner.model.spec, num_epochs=epochs)
     num_steps, ingest_s, started = args.images // args.batch_size, 0.0, time.perf_counter()
     for step in range(num_steps):
         began = time.perf_counter()

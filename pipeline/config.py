@@ -206,8 +206,8 @@ class TrainConfig:
     MobileNetV3 18, ResNet-50 4. -1: 5 of MobileNetV2 with trained weights, else none."""
     augmentation: Literal["auto", "ssd", "crops", "light", "none"] = "auto"
     """ssd: distort, expand, crop and flip as in the paper; crops: large crops, distort and flip; light:
-    distort and flip; none: resize only. auto: ssd, but for MobileNetV2 with trained weights light with
-    --epochs up to 12, or without --epochs and in less than 15 minutes, and crops otherwise."""
+    distort and flip; none: resize only. auto: ssd, but for MobileNetV2 with trained weights light in runs
+    of up to 12 epochs and crops in longer ones, which would learn a small set by heart."""
     difficult: bool = True
     """Learn objects marked as difficult (VOC), as the paper does."""
     empty_images: bool = True

@@ -123,7 +123,6 @@ def augment_lightly(
     *,
     height: int,
     width: int,
-    fill: tuple[int, int, int] = IMAGENET_MEAN,
     crops: bool,
 ) -> Sample:
     """Augment less, for a detector that is trained already: no expansion, and large crops if any.
@@ -133,7 +132,7 @@ def augment_lightly(
     """
     if crops:
         sample = crop(sample, rng, min_scale=LARGE_SCALE)
-    sample = resize(sample, rng, height=height, width=width, fill=fill)
+    sample = resize(sample, rng, height=height, width=width)
     return flip(recolour(distort(sample, rng)), rng)
 
 

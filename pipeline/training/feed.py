@@ -21,7 +21,7 @@ from ray.data import Dataset, ExecutionOptions
 from pipeline import runtime
 from pipeline.errors import PipelineError
 from pipeline.training.order import picks
-from pipeline.training.plan import Plan, sample_settings
+from pipeline.training.plan import Plan
 from pipeline.training.samples import Batch, SampleSettings, from_row, load_batch, to_row
 
 MAX_DATA_TASKS = 8_000  # planning takes about 1.5 ms for each
@@ -58,7 +58,7 @@ def batches(rows: Any, plan: Plan, *, first: int, pace: Any, device: str) -> Dat
         num_workers=config.workers,
         batch_size=config.batch_size,
         num_samples=plan.num_images,
-        settings=sample_settings(config, plan.spec),
+        settings=plan.samples,
         gives_way=device == "cpu",
     )
     groups = [range(i, min(i + size, num_batches)) for i in range(0, num_batches, size)]

@@ -136,11 +136,6 @@ def _adapts(config: TrainConfig) -> bool:
     return config.architecture == "ssdlite300_mobilenet_v2" and config.init != "none"
 
 
-def _is_long(config: TrainConfig) -> bool:
-    """Whether defaults are those of a long run; without crops it learns small sets by heart."""
-    return config.epochs > EPOCHS if config.epochs else not 0 < config.max_minutes < LONG_MINUTES
-
-
 def _new_model(config: TrainConfig, classes: Classes, generator: torch.Generator) -> SSD:
     priors = config.priors if config.priors in find_architecture(config.architecture).priors else "coco"
     model = build_model(config.architecture, num_classes=len(classes.names) + 1, priors=priors)
@@ -192,12 +187,12 @@ def make_recipe(config: TrainConfig, *, device: str) -> Recipe:
     )
 
 
-def sample_settings(config: TrainConfig, spec: ModelSpec) -> SampleSettings:
-    """How images become samples for this model."""
+def sample_settings(config: TrainConfig, spec: ModelSpec, *, num_epochs: int) -> SampleSettings:
+    """How images become samples for this model, in a run of so many epochs."""
     red, green, blue = (round(value) for value in spec.mean)
     augmentation = config.augmentation
     if augmentation == "auto":
-        augmentation = ("crops" if _is_long(config) else "light") if _adapts(config) else "ssd"
+        augmentation = ("crops" if num_epochs > EPOCHS else "light") if _adapts(config) else "ssd"
     return SampleSettings(
         height=spec.input_height,
         width=spec.input_width,
@@ -238,7 +233,8 @@ class Plan:
     def num_epochs(self) -> int:
         """Times that every image is seen."""
         enough = math.ceil(MIN_STEPS * self.config.batch_size / self.num_images)
-        return self.config.epochs or max(LONG_EPOCHS if _is_long(self.config) else EPOCHS, enough)
+        short = 0 < self.config.max_minutes < LONG_MINUTES
+        return self.config.epochs or max(EPOCHS if short else LONG_EPOCHS, enough)
 
     @property
     def num_steps(self) -> int:
@@ -246,6 +242,20 @@ class Plan:
         return num_steps(
             epochs=self.num_epochs, num_samples=self.num_images, batch_size=self.config.batch_size
         )
+
+    @property
+    def samples(self) -> SampleSettings:
+        """How images become samples."""
+        return sample_settings(self.config, self.spec, num_epochs=self.num_epochs)
+
+    def decided(self) -> dict[str, object]:
+        """What defaults came to; a resumed run must share it, as it shares the flags."""
+        return {
+            "epochs": self.num_epochs,
+            "augmentation": self.samples.augmentation,
+            "frozen stages": num_frozen(self.config),
+            "resize rule": self.spec.resize_rule,
+        }
 
     def text(self) -> str:
         """The plan for a person."""

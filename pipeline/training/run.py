@@ -105,9 +105,11 @@ def train(config: TrainConfig) -> Outcome:
     if (finished := _read_json(_record(config, "result.json"))) is not None:
         return Outcome(config, Position(**finished), was_done=True)
     prepared = prepare(config)
+    check_decided(prepared.plan, config)
     logger.info("%s", prepared.plan.text())
     with Lock(config.output):
-        record = {"flags": flags(config), "classes": dict(enumerate(prepared.plan.classes.names, start=1))}
+        classes = dict(enumerate(prepared.plan.classes.names, start=1))
+        record = {"flags": flags(config), "decided": prepared.plan.decided(), "classes": classes}
         storage.write_atomic(_record(config, "config.json"), json.dumps(record, indent=2).encode())
         for name, (table, digest) in prepared.tables.items():
             save_index(table, _record(config, f"index-{name}.parquet"), digest)
@@ -121,7 +123,9 @@ def train(config: TrainConfig) -> Outcome:
 def dry_run(config: TrainConfig) -> str:
     """The plan, after all checks; nothing is written."""
     check_output(config)
-    return prepare(config).plan.text()
+    plan = prepare(config).plan
+    check_decided(plan, config)
+    return plan.text()
 
 
 # ---- output ------------------------------------------------------------------------------------------
@@ -157,6 +161,28 @@ def check_output(config: TrainConfig) -> None:
         raise ConfigError(
             f"--output {config.output} holds a run with other flags: {'; '.join(changed)}. "
             "Give the same flags, another --output, or --overwrite"
+        )
+
+
+def check_decided(plan: Plan, config: TrainConfig) -> None:
+    """Refuse to go on with a run of the same flags whose defaults came to something else.
+
+    Raises:
+        ConfigError: another version began it, or it had other images; the difference is shown.
+    """
+    before = _read_json(_record(config, "config.json"))
+    if before is None:
+        return
+    old = before.get("decided", {})
+    changed = [
+        f"{name} was {old.get(name, 'not recorded')}, now {new}"
+        for name, new in plan.decided().items()
+        if old.get(name) != new
+    ]
+    if changed:
+        raise ConfigError(
+            f"--output {config.output} holds a run of another version or of other images: "
+            f"{'; '.join(changed)}. Take another --output, or --overwrite"
         )
 
 

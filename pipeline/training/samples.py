@@ -196,7 +196,7 @@ def _augment(sample: Sample, settings: SampleSettings, rng: np.random.Generator)
         return augment(sample, rng, **size, fill=settings.fill)
     if settings.augmentation in ("crops", "light"):
         crops = settings.augmentation == "crops"
-        return augment_lightly(sample, rng, **size, fill=settings.fill, crops=crops)
+        return augment_lightly(sample, rng, **size, crops=crops)
     pixels = resize_image(sample.pixels, **size, rule=settings.resize_rule)
     shape = sample.pixels.shape
     factors = np.array([settings.width / shape[1], settings.height / shape[0]] * 2, np.float32)

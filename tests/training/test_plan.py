@@ -163,14 +163,14 @@ def test_the_plan_tells_images_boxes_steps_and_rates(sets):
         (0, 15, 1000, 48, "crops"),
         (0, 14.9, 1000, 12, "light"),
         (0, 5, 200, 12, "light"),
-        (0, 5, 6, 400, "light"),  # 300 steps at least
-        (0, 5, 7, 343, "light"),
+        (0, 5, 6, 400, "crops"),  # 300 steps at least
+        (0, 5, 7, 343, "crops"),
         (0, 0, 6, 400, "crops"),
         (12, 25, 6, 12, "light"),
         (13, 1, 6, 13, "crops"),
     ],
 )
-def test_short_runs_are_given_fewer_epochs_without_crops(
+def test_short_runs_have_fewer_epochs_and_crop_if_these_are_more_than_12(
     sets, given, minutes, num_images, epochs, augmentation
 ):
     wanted = config(sets, epochs=given, max_minutes=minutes, batch_size=8)
@@ -178,21 +178,22 @@ def test_short_runs_are_given_fewer_epochs_without_crops(
     plan = make_plan(wanted, classes, initial_model(wanted, classes), train=train, val=train)
     plan = dataclasses.replace(plan, num_images=num_images)
     assert (plan.num_epochs, plan.num_steps) == (epochs, -(-epochs * num_images // 8))
-    assert sample_settings(wanted, plan.spec).augmentation == augmentation
+    assert plan.samples.augmentation == augmentation
 
 
 def test_networks_without_trained_weights_are_augmented_as_in_the_paper(sets):
     for flags in ({"init": "none"}, {"architecture": "ssd300_vgg16", "init": "none"}):
         wanted = config(sets, **flags)
         model = initial_model(wanted, read_classes(str(sets / "train")))
-        assert sample_settings(wanted, model.spec).augmentation == "ssd"
+        for epochs in (1, 100):
+            assert sample_settings(wanted, model.spec, num_epochs=epochs).augmentation == "ssd"
 
 
 def test_a_checkpoint_brings_its_own_input_size(sets, tmp_path):
     init = save_small_model(tmp_path / "small.safetensors")
     wanted = config(sets, init=str(init))
     model: Any = initial_model(wanted, read_classes(str(sets / "train")))
-    made = sample_settings(wanted, model.spec)
+    made = sample_settings(wanted, model.spec, num_epochs=1)
     assert (made.height, made.width, made.fill) == (128, 128, (128, 128, 128))
 
 

@@ -191,8 +191,9 @@ def test_a_driver_that_is_killed_goes_on_with_the_same_command_on_s3(whole, fold
         assert (done.returncode, f"Done: {NUM_STEPS} steps" in done.stdout) == (0, True), (
             done.stdout + done.stderr
         )
+        assert "going on after step" in done.stdout + done.stderr
         assert "testing-secret" not in done.stdout + done.stderr
-        assert train(config).was_done
+        assert "This run is done already" in train(config).text()
         assert_same_run(config.output, whole[0].output)
         assert read_spec(f"{config.output}/model.safetensors").class_names == ("disc", "square")
         assert storage.list_names(config.output) >= {"model.safetensors", "checkpoints", "tensorboard"}
@@ -205,11 +206,10 @@ def steps_without_ray(config, num_steps, *, order_seed=0):
     freeze(model, num_frozen(config))
     learner = Learner(model, make_recipe(config, device="cpu"))
     index = index_shards(training_shards(config.train, flag="--train"), classes)
+    settings = sample_settings(config, model.spec, num_epochs=config.epochs)
     sizes = {"batch_size": config.batch_size, "num_samples": len(index), "seed": order_seed}
     for step in range(num_steps):
-        batch = load_batch(
-            picks(step, rank=0, num_workers=1, **sizes), index, sample_settings(config, model.spec)
-        )
+        batch = load_batch(picks(step, rank=0, num_workers=1, **sizes), index, settings)
         learner.step(batch, progress=(step + 1) / num_steps)
     return learner.model.state_dict()
 
@@ -279,3 +279,16 @@ def test_a_run_of_another_version_is_refused_in_words(whole, folder):
     (other / "_run/config.json").write_text(json.dumps(record))
     with pytest.raises(ConfigError, match="another version, which differs in the flag --warmup"):
         train(dataclasses.replace(config, output=str(other)))
+
+
+def test_a_run_whose_defaults_were_others_is_refused_before_it_goes_on(whole, folder):
+    config, _ = whole
+    record = json.loads((folder / "whole/_run/config.json").read_text())
+    record["decided"] |= {"resize rule": "tf_legacy"}
+    other = folder / "defaults"
+    (other / "_run").mkdir(parents=True)
+    (other / "_run/config.json").write_text(json.dumps(record))
+    for start in (train, dry_run):
+        with pytest.raises(ConfigError, match=r"resize rule was tf_legacy, now bilinear"):
+            start(dataclasses.replace(config, output=str(other)))
+    assert json.loads((other / "_run/config.json").read_text()) == record
