@@ -207,7 +207,7 @@ class TrainConfig:
     augmentation: Literal["auto", "ssd", "crops", "light", "none"] = "auto"
     """ssd: distort, expand, crop and flip as in the paper; crops: large crops, distort and flip; light:
     distort and flip; none: resize only. auto: ssd, but for MobileNetV2 with trained weights light in runs
-    of up to 12 epochs and crops in longer ones, which would learn a small set by heart."""
+    of up to 18 epochs and crops in longer ones, which would learn a small set by heart."""
     difficult: bool = True
     """Learn objects marked as difficult (VOC), as the paper does."""
     empty_images: bool = True

@@ -167,10 +167,11 @@ def test_the_plan_tells_images_boxes_steps_and_rates(sets):
         (0, 5, 7, 343, "crops"),
         (0, 0, 6, 400, "crops"),
         (12, 25, 6, 12, "light"),
-        (13, 1, 6, 13, "crops"),
+        (18, 25, 6, 18, "light"),
+        (19, 1, 6, 19, "crops"),
     ],
 )
-def test_short_runs_have_fewer_epochs_and_crop_if_these_are_more_than_12(
+def test_short_runs_have_fewer_epochs_and_crop_if_these_are_more_than_18(
     sets, given, minutes, num_images, epochs, augmentation
 ):
     wanted = config(sets, epochs=given, max_minutes=minutes, batch_size=8)
