@@ -194,7 +194,8 @@ def sample_settings(config: TrainConfig, spec: ModelSpec, *, num_epochs: int) ->
     red, green, blue = (round(value) for value in spec.mean)
     augmentation = config.augmentation
     if augmentation == "auto":
-        augmentation = ("crops" if num_epochs > MOST_UNCROPPED_EPOCHS else "light") if _adapts(config) else "ssd"
+        adapting = "crops" if num_epochs > MOST_UNCROPPED_EPOCHS else "light"
+        augmentation = adapting if _adapts(config) else "ssd"
     return SampleSettings(
         height=spec.input_height,
         width=spec.input_width,
