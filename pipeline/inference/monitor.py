@@ -28,6 +28,7 @@ class Monitor:
         self._allowed = max_failed_fraction
         self._weights = weights
         self._unfinished: set[int] = set()
+        self._counted: set[str] = set()
         self._metrics = {
             name: MetricCounter(f"shardshot_{name}_total", description=text)
             for name, text in {
@@ -44,13 +45,15 @@ class Monitor:
         }
         self._rate = MetricGauge("shardshot_images_per_second", description="steady speed of the run")
 
-    def add(self, counts: Counts) -> bool:
-        """Count one part; True when the error budget is spent."""
-        self._progress.add(counts)
-        for name, metric in self._metrics.items():
-            if value := getattr(counts, name):
-                metric.inc(value)
-        self._rate.set(self._progress.steady_rate)
+    def add(self, part: str, counts: Counts) -> bool:
+        """Count one part, once, however often its task was tried; True when the error budget is spent."""
+        if part not in self._counted:
+            self._counted.add(part)
+            self._progress.add(counts)
+            for name, metric in self._metrics.items():
+                if value := getattr(counts, name):
+                    metric.inc(value)
+            self._rate.set(self._progress.steady_rate)
         return self._progress.counts.images >= BUDGET_FROM and self._progress.failed_fraction > self._allowed
 
     def weights(self) -> bytes:

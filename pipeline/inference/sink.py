@@ -58,7 +58,7 @@ class PartSink(Datasink[Counts]):
             write_s=time.perf_counter() - start,
             num_retries=counts.num_retries + storage.num_retries() - retries,
         )
-        if ray.get(self._monitor.add.remote(counts)):
+        if ray.get(self._monitor.add.remote(name, counts)):
             raise BudgetError("too many images failed")
         return counts
 

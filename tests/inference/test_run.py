@@ -322,6 +322,26 @@ def test_the_report_says_what_the_tables_say(folders):
     assert report.classes == boxes.class_name.value_counts()[lambda n: n > 0].to_dict()
 
 
+def test_a_part_that_is_tried_again_after_it_was_reported_counts_once(folders, tmp_path, monkeypatch):
+    from pipeline.inference.sink import PartSink
+
+    class DyingSink(PartSink):
+        def write(self, blocks, ctx):
+            counts = super().write(blocks, ctx)
+            try:
+                (tmp_path / "died").touch(exist_ok=False)
+            except FileExistsError:
+                return counts
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    monkeypatch.setattr("pipeline.inference.run.PartSink", DyingSink)
+    source, target = folders
+    make_tar_shard(source / "a.tar", 10)
+    report = run(source, target)
+    assert (tmp_path / "died").exists()
+    assert (report.num_images, report.num_images_this_run) == (10, 10)
+
+
 def test_files_carry_the_contract_and_two_runs_are_equal_to_the_byte(folders):
     import pyarrow.parquet as pq
 
