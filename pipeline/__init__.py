@@ -20,9 +20,9 @@ Where to look:
 The inference flow, in reading order: jobs/infer.py, inference/plan.py, inference/run.py, inference/blocks.py,
 data/shards.py, data/images.py, model/detector.py, model/ssd.py, model/postprocess.py, inference/sink.py,
 inference/ledger.py, results/read.py. The training flow: jobs/train.py, training/plan.py, training/run.py,
-training/index.py, training/order.py, training/samples.py, training/session.py, training/loop.py,
-training/optimise.py, training/validation.py. Imports point down only, see
-CONTRIBUTING.md; tests/test_architecture.py keeps it so.
+training/index.py, training/order.py, training/samples.py, training/worker.py, training/session.py,
+training/loop.py, training/optimise.py, training/validation.py. Imports point down only, see CONTRIBUTING.md;
+tests/test_architecture.py keeps it so.
 """
 
 __version__ = "0.1.0"

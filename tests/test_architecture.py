@@ -28,6 +28,7 @@ RAY = {
     "pipeline.training.board",
     "pipeline.training.feed",
     "pipeline.training.run",
+    "pipeline.training.worker",
 }
 STORES = {"pipeline.storage"}
 

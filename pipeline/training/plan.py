@@ -281,7 +281,8 @@ class Plan:
                 ),
                 f"{self.num_steps:,} steps of {config.batch_size} images = {self.num_epochs:,} epochs"
                 f"{budget}; {config.workers} workers, {config.validations} validations",
-                f"{config.optimizer}, learning rate by progress: {rates}",
+                f"{config.optimizer}, augmentation {self.samples.augmentation}; "
+                f"learning rate by progress: {rates}",
             ]
         )
 

@@ -1,7 +1,6 @@
-"""Training on Ray: data tasks make the batches (`feed`), Ray Train's workers take the steps (`session`)."""
+"""Training on Ray: data tasks make the batches (`feed`), Ray Train's workers take the steps (`worker`)."""
 
 import json
-import logging
 import os
 import tempfile
 import time
@@ -10,7 +9,6 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-os.environ.setdefault("RAY_TRAIN_V2_ENABLED", "1")
 if not os.environ.get("RAY_ADDRESS"):  # no cloud takes this machine away with a warning
     os.environ.setdefault("RAY_TRAIN_ENABLE_PREEMPTION_WATCHER", "0")
 
@@ -19,9 +17,7 @@ import ray
 import ray.exceptions
 import ray.train
 import ray.train.torch
-import torch
 from ray.data import Dataset
-from ray.train.v2._internal.execution import context as ray_train_context
 
 from pipeline import runtime, storage
 from pipeline.config import TrainConfig, flags
@@ -29,11 +25,11 @@ from pipeline.data.annotations import Classes
 from pipeline.data.shards import Shard
 from pipeline.errors import ConfigError, own_error
 from pipeline.inference.lock import Lock
-from pipeline.model.checkpoint import load_checkpoint, save_checkpoint
+from pipeline.model.checkpoint import save_checkpoint
 from pipeline.model.ssd import SSD
 from pipeline.runlog import duration, logger
 from pipeline.training.board import failure_on, showing
-from pipeline.training.feed import BLOCK_BYTES, DATA_CPUS, Pace, batches, data_config, own_batches
+from pipeline.training.feed import BLOCK_BYTES, DATA_CPUS, Pace, batches, data_config
 from pipeline.training.index import (
     index_shards,
     load_index,
@@ -41,24 +37,20 @@ from pipeline.training.index import (
     shards_digest,
     training_shards,
 )
-from pipeline.training.loop import Learner
-from pipeline.training.optimise import freeze
+from pipeline.training.output import CHECKPOINTS, MODEL, check_decided, check_output, clear, read_json, record
 from pipeline.training.plan import (
     Plan,
     initial_model,
     make_plan,
-    make_recipe,
     num_frozen,
     shard_classes,
-    unchanging_flags,
     usable_rows,
 )
 from pipeline.training.samples import load_images
-from pipeline.training.session import Outlets, Position, Schedule, run_steps
-from pipeline.training.validation import check_measurable, ground_truth, validate
+from pipeline.training.session import Position, Schedule
+from pipeline.training.validation import check_measurable
+from pipeline.training.worker import Job, work
 
-MODEL = "model.safetensors"
-CHECKPOINTS = "checkpoints"
 SHARDS_PER_TASK = 8
 IMAGES_PER_TASK = 256
 MAX_FAILURES = 3
@@ -102,21 +94,19 @@ def train(config: TrainConfig) -> Outcome:
         with Lock(config.output):
             clear(config.output)
     check_output(config)
-    if (finished := _read_json(_record(config, "result.json"))) is not None:
+    if (finished := read_json(record(config, "result.json"))) is not None:
         return Outcome(config, Position(**finished), was_done=True)
     prepared = prepare(config)
     check_decided(prepared.plan, config)
     logger.info("%s", prepared.plan.text())
     with Lock(config.output):
         classes = dict(enumerate(prepared.plan.classes.names, start=1))
-        record = {"flags": flags(config), "decided": prepared.plan.decided(), "classes": classes}
-        storage.write_atomic(_record(config, "config.json"), json.dumps(record, indent=2).encode())
+        facts = {"flags": flags(config), "decided": prepared.plan.decided(), "classes": classes}
+        storage.write_atomic(record(config, "config.json"), json.dumps(facts, indent=2).encode())
         for name, (table, digest) in prepared.tables.items():
-            save_index(table, _record(config, f"index-{name}.parquet"), digest)
+            save_index(table, record(config, f"index-{name}.parquet"), digest)
         position = fit(prepared, started=started)
-        storage.write_atomic(
-            _record(config, "result.json"), json.dumps(position.to_dict(), indent=2).encode()
-        )
+        storage.write_atomic(record(config, "result.json"), json.dumps(position.to_dict(), indent=2).encode())
     return Outcome(config, position)
 
 
@@ -126,86 +116,6 @@ def dry_run(config: TrainConfig) -> str:
     plan = prepare(config).plan
     check_decided(plan, config)
     return plan.text()
-
-
-# ---- output ------------------------------------------------------------------------------------------
-
-
-def check_output(config: TrainConfig) -> None:
-    """Refuse a folder with something else than a run of the same flags.
-
-    Raises:
-        ConfigError: foreign files, or another run; the difference is shown.
-    """
-    before = _read_json(_record(config, "config.json"))
-    if before is None:
-        if foreign := storage.list_names(config.output) - {"_run"}:
-            raise ConfigError(
-                f"--output {config.output} holds other files (such as {min(foreign)!r}); take an empty folder"
-            )
-        return
-    if "train" not in before.get("flags", {}):
-        raise ConfigError(f"--output {config.output} holds another job's output; take another folder")
-    old, new = unchanging_flags(before["flags"]), unchanging_flags(flags(config))
-    if unknown := old.keys() ^ new.keys():
-        raise ConfigError(
-            f"--output {config.output} holds a run of another version, which differs in the flag "
-            f"--{min(unknown).replace('_', '-')}; take another --output, or --overwrite"
-        )
-    changed = [
-        f"--{name.replace('_', '-')} was {old[name]}, now {new[name]}"
-        for name in sorted(new)
-        if old[name] != new[name]
-    ]
-    if changed:
-        raise ConfigError(
-            f"--output {config.output} holds a run with other flags: {'; '.join(changed)}. "
-            "Give the same flags, another --output, or --overwrite"
-        )
-
-
-def check_decided(plan: Plan, config: TrainConfig) -> None:
-    """Refuse to go on with a run of the same flags whose defaults came to something else.
-
-    Raises:
-        ConfigError: another version began it, or it had other images; the difference is shown.
-    """
-    before = _read_json(_record(config, "config.json"))
-    if before is None:
-        return
-    old = before.get("decided", {})
-    changed = [
-        f"{name} was {old.get(name, 'not recorded')}, now {new}"
-        for name, new in plan.decided().items()
-        if old.get(name) != new
-    ]
-    if changed:
-        raise ConfigError(
-            f"--output {config.output} holds a run of another version or of other images: "
-            f"{'; '.join(changed)}. Take another --output, or --overwrite"
-        )
-
-
-def clear(output: str) -> None:
-    """Delete what a training run has left. Raises: ConfigError where the files aren't ours."""
-    before = _read_json(storage.join(output, "_run", "config.json"))
-    if before is None and storage.list_names(output) - {"_run"}:
-        raise ConfigError(f"--overwrite: {output} holds files that no run wrote; delete them by hand")
-    if before is not None and "train" not in before.get("flags", {}):
-        raise ConfigError(f"--overwrite: {output} holds another job's output; delete it by hand")
-    for folder in (CHECKPOINTS, "tensorboard"):
-        storage.delete_folder(storage.join(output, folder))
-    run = storage.join(output, "_run")
-    names = [storage.join(run, n) for n in storage.list_names(run) if not n.startswith("lock-")]
-    storage.delete([*names, storage.join(output, MODEL)])
-
-
-def _record(config: TrainConfig, name: str) -> str:
-    return storage.join(config.output, "_run", name)
-
-
-def _read_json(uri: str) -> dict[str, Any] | None:
-    return json.loads(storage.read_bytes(uri)) if storage.exists(uri) else None
 
 
 # ---- before the first step ---------------------------------------------------------------------------
@@ -236,7 +146,7 @@ def prepare(config: TrainConfig) -> Prepared:
     tables = {}
     for name, some in shards.items():
         digest = shards_digest(some, classes)
-        kept = load_index(_record(config, f"index-{name}.parquet"), digest)
+        kept = load_index(record(config, f"index-{name}.parquet"), digest)
         tables[name] = (read_index(some, classes) if kept is None else kept, digest)
     train_rows = usable_rows(tables["train"][0], config)
     plan = make_plan(config, classes, model, train=train_rows, val=tables["val"][0])
@@ -289,24 +199,6 @@ def read_validation_images(table: pa.Table, plan: Plan) -> list[Any]:
 
 
 # ---- the run -----------------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True, kw_only=True)
-class Job:
-    """What a worker needs to know."""
-
-    config: TrainConfig
-    device: str
-    schedule: Schedule
-    weights: bytes
-    num_frozen: int
-    classes: Classes
-    val_index: Any
-    val_images: list[Any]
-    started: float
-    elapsed_before_s: float
-    board: Any
-    pace: Any
 
 
 def fit(prepared: Prepared, *, started: float) -> Position:
@@ -419,118 +311,3 @@ def _to_bytes(model: SSD) -> bytes:
         path = Path(folder, MODEL)
         save_checkpoint(model, path)
         return path.read_bytes()
-
-
-# ---- a worker ----------------------------------------------------------------------------------------
-
-
-def work(arguments: dict[str, Any]) -> None:
-    """What each of Ray Train's workers does."""
-    job: Job = arguments["job"]
-    for name in ("ray.train", ray_train_context.__file__):  # a line for each checkpoint
-        logging.getLogger(name).setLevel(logging.ERROR)
-    if failure_on(job.board):
-        return  # Ray Train tries again, but this error would come again
-    try:
-        _work(job)
-    except Exception as error:  # the top of this process
-        if ours := own_error(error):
-            ray.get(job.board.fail.remote(ours))
-        raise
-
-
-def _work(job: Job) -> None:
-    context = ray.train.get_context()
-    rank, spec_of = context.get_world_rank(), job.config
-    if job.device == "cpu":
-        torch.set_num_threads(max(1, num_cores() // context.get_local_world_size()))
-    device = ray.train.torch.get_device() if job.device == "cuda" else torch.device("cpu")
-    with tempfile.TemporaryDirectory() as folder:
-        path = Path(folder, MODEL)
-        path.write_bytes(job.weights)
-        model = load_checkpoint(path)
-    freeze(model, job.num_frozen)
-    learner = Learner(model, make_recipe(spec_of, device=job.device), device=device)
-    position = _resume(learner)
-    writer = Charts(job.config.output) if rank == 0 else None
-    truth = ground_truth(ray.get(job.val_index), job.classes)
-    mine = job.val_images[rank :: job.config.workers]
-    outlets = Outlets(
-        validate=lambda model: validate(
-            model, (ray.get(ref) for ref in mine), truth, device=str(learner.device)
-        ),
-        save=partial(_save, output=job.config.output, writer=writer),
-        log=lambda text: job.board.line.remote(text) if rank == 0 else None,
-        chart=writer.add if writer else lambda numbers, step: None,
-    )
-    own = own_batches(
-        position.step,
-        rank=rank,
-        height=model.spec.input_height,
-        width=model.spec.input_width,
-        pace=job.pace,
-    )
-    run_steps(
-        learner,
-        own,
-        schedule=job.schedule,
-        position=position,
-        outlets=outlets,
-        clock=lambda: job.elapsed_before_s + time.time() - job.started,
-    )
-
-
-def num_cores() -> int:
-    """Cores that this process may use: fewer than the machine's under taskset or in some containers."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-
-
-def _resume(learner: Learner) -> Position:
-    """Bring the learner to the last checkpoint."""
-    checkpoint = ray.train.get_checkpoint()
-    if checkpoint is None:
-        return Position()
-    with checkpoint.as_directory() as folder:
-        state = torch.load(Path(folder, "learner.pt"), map_location="cpu", weights_only=True)
-        learner.load_state_dict(state)
-        return Position(**json.loads(Path(folder, "position.json").read_text()))
-
-
-def _save(
-    learner: Learner, position: Position, is_best: bool, *, output: str, writer: "Charts | None"
-) -> None:
-    """Report a checkpoint; the best model also goes where `infer` finds it."""
-    numbers = {"step": position.step, "AP": position.numbers.get("AP", -1.0)}
-    if writer is None:
-        ray.train.report(numbers)
-        return
-    if is_best:
-        save_checkpoint(learner.averaged, storage.join(output, MODEL))
-    with tempfile.TemporaryDirectory() as folder:
-        torch.save(learner.state_dict(), Path(folder, "learner.pt"))
-        save_checkpoint(learner.averaged, Path(folder, MODEL))
-        Path(folder, "position.json").write_text(json.dumps(position.to_dict()))
-        ray.train.report(numbers, checkpoint=ray.train.Checkpoint.from_directory(folder))
-    writer.publish()
-
-
-class Charts:
-    """Numbers over steps as TensorBoard reads them, in `<output>/tensorboard`."""
-
-    def __init__(self, output: str) -> None:
-        from tensorboardX import SummaryWriter  # comes with Ray Train
-
-        self._folder = tempfile.TemporaryDirectory()
-        self._writer = SummaryWriter(self._folder.name)
-        self._target = storage.join(output, "tensorboard")
-
-    def add(self, numbers: dict[str, float], step: int) -> None:
-        """Add a point to each curve."""
-        for name, value in numbers.items():
-            self._writer.add_scalar(name.replace(" ", "_"), value, step)
-
-    def publish(self) -> None:
-        """Copy what there is to the output."""
-        self._writer.flush()
-        for path in Path(self._folder.name).iterdir():
-            storage.write_atomic(storage.join(self._target, path.name), path.read_bytes())

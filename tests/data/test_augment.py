@@ -107,8 +107,8 @@ def test_a_crop_satisfies_its_sampler_and_keeps_exactly_the_centred_objects(samp
         [(0.05, 0.1, 0.9, 0.95)],
     ],
 )
-def test_ten_thousand_crops_are_distributed_as_those_of_the_slow_sampler(boxes):
-    rng, slow_rng, num_draws, size = np.random.default_rng(1), random.Random(1), 10_000, 1000
+def test_four_thousand_crops_are_distributed_as_those_of_the_slow_sampler(boxes):
+    rng, slow_rng, num_draws, size = np.random.default_rng(1), random.Random(1), 4_000, 1000
     pixel_boxes, window = np.array(boxes, np.float32) * size, Window(0, 0, size, size)
 
     ours = [augment.sample_window(pixel_boxes, window, rng) for _ in range(num_draws)]
@@ -134,8 +134,9 @@ def test_light_augmentation_shows_at_least_a_quarter_of_an_image_and_all_of_it_w
         for _ in range(600):
             sample = whole_image(pixels, boxes, labels)
             seen = augment.augment_lightly(sample, rng, height=200, width=200, crops=crops)
-            shown = seen.pixels[..., :2].reshape(-1, 2).astype(int)
-            areas.append(np.prod(np.ptp(shown, axis=0) + 1) / pixels[..., 0].size)
+            width = np.ptp(seen.pixels[0, [0, -1], 0].astype(int)) + 1
+            height = np.ptp(seen.pixels[[0, -1], 0, 1].astype(int)) + 1
+            areas.append(width * height / 200**2)
     if not crops:
         assert set(areas) == {1}
         return
