@@ -2,7 +2,7 @@
 
 import threading
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import Any
 
 import ray
@@ -12,6 +12,7 @@ from ray.util.metrics import Gauge as MetricGauge
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from pipeline.config import InferConfig
+from pipeline.errors import PipelineError
 from pipeline.inference.plan import Plan
 from pipeline.runlog import Counts, Progress, logger
 
@@ -114,21 +115,41 @@ def _start(progress: Progress, max_failed_fraction: float, weights: bytes) -> An
 
 @contextmanager
 def monitoring(progress: Progress, config: InferConfig, weights: bytes) -> Iterator[Any]:
-    """A monitor, and a thread that prints its progress line every few seconds."""
+    """A monitor, and a thread that prints its progress line every few seconds.
+
+    Raises:
+        PipelineError: the run has failed because the monitor died.
+    """
     monitor = _start(progress, config.max_failed_fraction, weights)
     stop = threading.Event()
 
     def report() -> None:
-        while not stop.wait(PROGRESS_S):
-            progress: Progress = ray.get(monitor.progress.remote())
-            if progress.counts.images:
-                logger.info(progress.line())
+        with suppress(ray.exceptions.RayActorError):  # the run itself fails of it, too
+            while not stop.wait(PROGRESS_S):
+                progress: Progress = ray.get(monitor.progress.remote())
+                if progress.counts.images:
+                    logger.info(progress.line())
 
     thread = threading.Thread(target=report, name="progress", daemon=True)
     thread.start()
     try:
         yield monitor
+    except ray.exceptions.RayError:
+        if _is_gone(monitor):
+            raise PipelineError(
+                "the process that counts this run has died; what is published stays, "
+                "and the same command goes on from there"
+            ) from None
+        raise
     finally:
         stop.set()
         thread.join()
         ray.kill(monitor)
+
+
+def _is_gone(monitor: Any) -> bool:
+    try:
+        ray.get(monitor.unfinished.remote())
+    except ray.exceptions.RayActorError:
+        return True
+    return False

@@ -10,9 +10,10 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 import pytest
+import ray
 
 from pipeline.config import InferConfig
-from pipeline.errors import ConfigError
+from pipeline.errors import ConfigError, PipelineError
 from pipeline.inference import blocks
 from pipeline.inference.verify import verify
 from pipeline.results import load_detections, load_images
@@ -310,6 +311,25 @@ def test_a_detector_killed_in_a_batch_loses_and_repeats_nothing(folders, tmp_pat
     run(source, killed, DyingDetector)
     assert (tmp_path / "died").exists()
     assert tables(killed) == tables(target)
+
+
+def test_a_monitor_that_is_killed_ends_the_run_in_one_line_and_the_next_one_goes_on(folders):
+    class KillingDetector(fakes.FakeDetector):
+        def __init__(self, monitor=None, **settings):
+            super().__init__(monitor, **settings)
+            self.monitor = monitor
+
+        def __call__(self, block):
+            ray.kill(self.monitor)
+            return super().__call__(block)
+
+    source, target = folders
+    make_tar_shard(source / "a.tar", 100)
+    with pytest.raises(PipelineError, match="the same command goes on from there"):
+        run(source, target, KillingDetector)
+    report = run(source, target)
+    assert (report.num_images, report.num_failed) == (100, 0)
+    assert verify(str(source), str(target)).problems == []
 
 
 def test_the_report_says_what_the_tables_say(folders):
