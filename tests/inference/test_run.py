@@ -6,6 +6,7 @@ import json
 import os
 import signal
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -315,7 +316,7 @@ def test_a_detector_killed_in_a_batch_loses_and_repeats_nothing(folders, tmp_pat
 
 def test_a_monitor_that_is_killed_ends_the_run_in_one_line_and_the_next_one_goes_on(folders):
     class KillingDetector(fakes.FakeDetector):
-        def __init__(self, monitor=None, **settings):
+        def __init__(self, monitor: Any = None, **settings):
             super().__init__(monitor, **settings)
             self.monitor = monitor
 
