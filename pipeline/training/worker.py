@@ -66,7 +66,7 @@ def work(arguments: dict[str, Any]) -> None:
 
 def _work(job: Job) -> None:
     context = ray.train.get_context()
-    rank, spec_of = context.get_world_rank(), job.config
+    rank = context.get_world_rank()
     if job.device == "cpu":
         torch.set_num_threads(max(1, num_cores() // context.get_local_world_size()))
     device = ray.train.torch.get_device() if job.device == "cuda" else torch.device("cpu")
@@ -75,7 +75,7 @@ def _work(job: Job) -> None:
         path.write_bytes(job.weights)
         model = load_checkpoint(path)
     freeze(model, job.num_frozen)
-    learner = Learner(model, make_recipe(spec_of, device=job.device), device=device)
+    learner = Learner(model, make_recipe(job.config, device=job.device), device=device)
     position = _resume(learner)
     writer = Charts(job.config.output) if rank == 0 else None
     truth = ground_truth(ray.get(job.val_index), job.classes)
