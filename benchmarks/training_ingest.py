@@ -1,11 +1,13 @@
 """Does training wait for its data? Ingest against a torch DataLoader, and training against bare steps.
 
-    python benchmarks/training_ingest.py --train SHARDS --val SHARDS [--batches 60] [--pairs 3] [--json FILE]
+    python benchmarks/training_ingest.py --train SHARDS --val SHARDS [--batches 200] [--steps 100] [--pairs 3]
+                                         [--json FILE]
 
 Ingest: the dataset of batches that training reads, with a consumer that does nothing, against a DataLoader
 that makes the same batches with the same code in as many processes as there are cores; images per second
-after the first ten batches. Training: the steps of a worker fed by that dataset, against the same steps on
-batches in memory, one after the other in this process. Sides alternate; ratios are taken pair by pair.
+after the first ten batches. Training: a run of some steps fed by that dataset, whose tasks work ahead and end
+early, against the same steps on batches in memory, both in this process. Sides alternate; ratios are taken
+pair by pair.
 """
 
 import argparse
@@ -16,6 +18,7 @@ import statistics
 import tempfile
 import time
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -26,12 +29,12 @@ from torch.utils.data import DataLoader, Dataset
 
 from pipeline import runtime
 from pipeline.config import TrainConfig
-from pipeline.training.feed import Pace, batches, data_config
+from pipeline.training.feed import Pace, batches, data_config, own_batches
 from pipeline.training.loop import Learner
 from pipeline.training.order import picks
 from pipeline.training.plan import make_recipe
 from pipeline.training.run import Prepared, prepare
-from pipeline.training.samples import Batch, from_row, load_batch
+from pipeline.training.samples import Batch, load_batch
 
 WARM_UP = 10  # batches: processes start and import torch
 
@@ -63,10 +66,13 @@ def from_ray(prepared: Prepared, count: int) -> Iterator[Batch]:
     assert isinstance(options, ExecutionOptions)
     dataset.context.execution_options = options
     (shard,) = dataset.streaming_split(1, equal=True)
-    found = shard.iter_batches(batch_size=None, batch_format="pyarrow", prefetch_batches=2)  # type: ignore
-    for step, row in enumerate(itertools.islice(found, count)):
-        pace.move.remote(step)
-        yield from_row(row, height=spec.input_height, width=spec.input_width)  # type: ignore[arg-type]
+    size = {"height": spec.input_height, "width": spec.input_width}
+    yield from itertools.islice(own_batches(shard, 0, rank=0, **size, pace=pace), count)
+
+
+def whole_run(prepared: Prepared, count: int) -> Iterator[Batch]:
+    """The batches of a run of so many steps as its worker gets them."""
+    yield from from_ray(replace(prepared, plan=replace(prepared.plan, num_steps=count)), count)
 
 
 def from_loader(prepared: Prepared, count: int) -> Iterator[Batch]:
@@ -103,17 +109,17 @@ def main() -> None:
     )
     parser.add_argument("--train", required=True)
     parser.add_argument("--val", required=True)
-    parser.add_argument("--batches", type=int, default=60)
+    parser.add_argument("--batches", type=int, default=200)
+    parser.add_argument("--steps", type=int, default=100)
     parser.add_argument("--pairs", type=int, default=3)
     parser.add_argument("--json", type=Path)
     args = parser.parse_args()
     runtime.start_ray()
     torch.set_num_threads(os.cpu_count() or 1)
     with tempfile.TemporaryDirectory() as folder:
-        config = TrainConfig(train=args.train, val=args.val, output=f"{folder}/out", epochs=10_000)
+        config = TrainConfig(train=args.train, val=args.val, output=f"{folder}/out", epochs=1_000)
         prepared = prepare(config)
         learner = Learner(prepared.model, make_recipe(config, device="cpu"))
-        count = WARM_UP + args.batches
 
         def nothing(batch: Batch) -> None:
             pass
@@ -122,15 +128,15 @@ def main() -> None:
             learner.step(batch, progress=0.5)
 
         questions = {
-            "ingest": ((from_ray, nothing), (from_loader, nothing)),
-            "training": ((from_ray, step), (in_memory, step)),
+            "ingest": (args.batches, (from_ray, nothing), (from_loader, nothing)),
+            "training": (args.steps, (whole_run, step), (in_memory, step)),
         }
         result = {}
-        for name, sides in questions.items():
-            rates = [
-                [images_per_second(feed(prepared, count), use) for feed, use in sides]
-                for _ in range(args.pairs)
-            ]
+        for name, (number, *sides) in questions.items():
+            count, rates = WARM_UP + number, []
+            for _ in range(args.pairs):
+                rates.append([images_per_second(feed(prepared, count), use) for feed, use in sides])
+                print(f"{name:<9} {rates[-1][0]:7.1f} {rates[-1][1]:7.1f}", flush=True)
             ratios = [ours / other for ours, other in rates]
             result[name] = {"images_per_second": rates, "ratio": statistics.median(ratios)}
             mine, other = (statistics.median(column) for column in zip(*rates, strict=True))

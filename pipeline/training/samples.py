@@ -4,7 +4,7 @@ Shapes: N images of the batch, H W pixels of the network's input, G objects of a
 """
 
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from itertools import pairwise
 from typing import Literal
@@ -22,16 +22,15 @@ from pipeline.training.order import Pick
 
 Augmentation = Literal["ssd", "crops", "light", "none"]
 
-BATCH = pa.schema(
+BATCHES = pa.schema(
     [
-        ("step", pa.int64()),
+        ("step", pa.int64()),  # of the first batch
         ("rank", pa.int64()),
-        ("pixels", pa.large_binary()),  # uint8 [N, H, W, 3]
-        ("boxes", pa.list_(pa.binary())),  # float32 [G, 4] of each image
+        ("pixels", pa.large_binary()),  # uint8 [S, N, H, W, 3] of S batches
+        ("boxes", pa.list_(pa.binary())),  # float32 [G, 4] of each of S * N images
         ("labels", pa.list_(pa.binary())),  # int64 [G] of each image
         ("image_ids", pa.list_(pa.string())),
-        ("failures", pa.list_(pa.string())),
-        ("load_s", pa.float64()),
+        ("failures", pa.list_(pa.list_(pa.string()))),  # of each batch
     ]
 )
 
@@ -203,28 +202,37 @@ def _augment(sample: Sample, settings: SampleSettings, rng: np.random.Generator)
     return whole_image(pixels, sample.boxes * factors, sample.labels)
 
 
-def to_row(batch: Batch, *, step: int, rank: int, load_s: float) -> pa.Table:
-    """A batch as one row, which no operator of Ray Data can split or merge with another's."""
-    row = {
-        "step": step,
-        "rank": rank,
-        "pixels": batch.images_NHW3.tobytes(),
-        "boxes": [boxes.astype(np.float32).tobytes() for boxes in batch.boxes],
-        "labels": [labels.astype(np.int64).tobytes() for labels in batch.labels],
-        "image_ids": batch.image_ids,
-        "failures": list(batch.failures),
-        "load_s": load_s,
+def to_row(batches: Sequence[Batch], *, step: int, rank: int) -> pa.Table:
+    """Batches of one size as one row, which no operator of Ray Data can cut; `step` is that of the first."""
+    pixels = np.concatenate([batch.images_NHW3 for batch in batches])
+    offsets = pa.py_buffer(np.array([0, pixels.nbytes], np.int64))
+    images = [image for batch in batches for image in zip(batch.boxes, batch.labels, strict=True)]
+    columns = {
+        "step": [step],
+        "rank": [rank],
+        # Around the pixels' own memory: one copy less of what may be 50 MB.
+        "pixels": pa.Array.from_buffers(pa.large_binary(), 1, [None, offsets, pa.py_buffer(pixels)]),
+        "boxes": [[boxes.astype(np.float32).tobytes() for boxes, _ in images]],
+        "labels": [[labels.astype(np.int64).tobytes() for _, labels in images]],
+        "image_ids": [[image_id for batch in batches for image_id in batch.image_ids]],
+        "failures": [[batch.failures for batch in batches]],
     }
-    return pa.Table.from_pylist([row], schema=BATCH)
+    return pa.table(columns, schema=BATCHES)
 
 
-def from_row(row: pa.Table, *, height: int, width: int) -> Batch:
-    """The batch of `to_row`."""
-    pixels = np.frombuffer(row["pixels"].chunk(0)[0].as_buffer(), np.uint8).reshape(-1, height, width, 3)
-    return Batch(
-        images_NHW3=pixels.copy(),  # the object store's memory is read-only, which PyTorch warns of
-        boxes=[np.frombuffer(boxes, np.float32).reshape(-1, 4) for boxes in row["boxes"][0].as_py()],
-        labels=[np.frombuffer(labels, np.int64) for labels in row["labels"][0].as_py()],
-        image_ids=row["image_ids"][0].as_py(),
-        failures=tuple(row["failures"][0].as_py()),
-    )
+def from_row(row: pa.Table, *, height: int, width: int) -> Iterator[Batch]:
+    """The batches of `to_row`."""
+    failures, image_ids = row["failures"][0].as_py(), row["image_ids"][0].as_py()
+    pixels = np.frombuffer(row["pixels"][0].as_buffer(), np.uint8).reshape(-1, height, width, 3)
+    boxes = [np.frombuffer(boxes, np.float32).reshape(-1, 4) for boxes in row["boxes"][0].as_py()]
+    labels = [np.frombuffer(labels, np.int64) for labels in row["labels"][0].as_py()]
+    size = len(image_ids) // len(failures)
+    for number, failed in enumerate(failures):
+        part = slice(number * size, (number + 1) * size)
+        yield Batch(
+            images_NHW3=pixels[part].copy(),  # the object store is read-only, which PyTorch warns of
+            boxes=boxes[part],
+            labels=labels[part],
+            image_ids=image_ids[part],
+            failures=tuple(failed),
+        )

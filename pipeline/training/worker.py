@@ -89,6 +89,7 @@ def _work(job: Job) -> None:
         chart=writer.add if writer else lambda numbers, step: None,
     )
     own = own_batches(
+        ray.train.get_dataset_shard("train"),
         position.step,
         rank=rank,
         height=model.spec.input_height,

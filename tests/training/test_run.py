@@ -27,7 +27,7 @@ from pipeline.errors import ConfigError, PipelineError
 from pipeline.evaluation.report import measure_run
 from pipeline.inference.run import infer
 from pipeline.model.checkpoint import read_spec
-from pipeline.training.feed import make_batches
+from pipeline.training.feed import make_rows
 from pipeline.training.index import index_shards, training_shards
 from pipeline.training.loop import Learner
 from pipeline.training.optimise import freeze
@@ -252,12 +252,12 @@ def test_data_tasks_leave_the_cores_to_workers_on_cpus(gives_way):
     def niceness():
         before = os.getpriority(os.PRIO_PROCESS, 0)
         for _ in range(2):  # a process that runs several tasks
-            assert not list(data_task(range(0)))
+            assert not list(data_task([]))
         return before, os.getpriority(os.PRIO_PROCESS, 0)
 
     unused: Any = dict.fromkeys(("rows", "pace", "settings"))
-    sizes = {"steps_ahead": 1, "first": 0, "num_workers": 1, "batch_size": 1, "num_samples": 1}
-    data_task = partial(make_batches, **unused, **sizes, gives_way=gives_way)
+    sizes = {"steps_ahead": 1, "num_workers": 1, "batch_size": 1, "num_samples": 1}
+    data_task = partial(make_rows, **unused, **sizes, gives_way=gives_way)
     before, after = ray.get(niceness.remote())
     assert after == (max(before, 10 if before < 15 else 19) if gives_way else before)
 

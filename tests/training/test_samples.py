@@ -89,19 +89,21 @@ def annotation_of(boxes, labels, *, difficult, crowd):
     )
 
 
-def test_a_row_gives_its_batch_back(tmp_path):
+def test_a_row_gives_its_batches_back(tmp_path):
     index, _ = read_set(make_set(tmp_path, 3, empty=1))
-    batch = dataclasses.replace(load_batch(picked(0, 1, 2), index, settings()), failures=("x: bad",))
-    row = to_row(batch, step=5, rank=1, load_s=0.1)
+    bad = dataclasses.replace(load_batch(picked(2, 0, 1), index, settings()), failures=("x: bad", "y: bad"))
+    batches = [load_batch(picked(0, 1, 2), index, settings()), bad]
+    row = to_row(batches, step=5, rank=1)
     assert row.num_rows == 1
-    back = from_row(row, height=SIDE, width=SIDE)
-    assert np.array_equal(back.images_NHW3, batch.images_NHW3)
-    assert back.images_NHW3.flags.writeable
-    for name in ("boxes", "labels"):
-        for mine, theirs in zip(getattr(back, name), getattr(batch, name), strict=True):
-            assert mine.dtype == theirs.dtype
-            assert np.array_equal(mine, theirs)
-    assert (back.image_ids, back.failures) == (batch.image_ids, batch.failures)
+    assert (row["step"][0].as_py(), row["rank"][0].as_py()) == (5, 1)
+    for back, batch in zip(from_row(row, height=SIDE, width=SIDE), batches, strict=True):
+        assert np.array_equal(back.images_NHW3, batch.images_NHW3)
+        assert back.images_NHW3.flags.writeable
+        for name in ("boxes", "labels"):
+            for mine, theirs in zip(getattr(back, name), getattr(batch, name), strict=True):
+                assert mine.dtype == theirs.dtype
+                assert np.array_equal(mine, theirs)
+        assert (back.image_ids, back.failures) == (batch.image_ids, batch.failures)
 
 
 @pytest.mark.parametrize(("parts", "sizes"), [(1, [5]), (2, [2, 3]), (3, [1, 2, 2]), (9, [1] * 5)])
