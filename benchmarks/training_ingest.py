@@ -1,18 +1,19 @@
 """Does training wait for its data? Ingest against a torch DataLoader, and training against bare steps.
 
-    python benchmarks/training_ingest.py --train SHARDS --val SHARDS [--batches 200] [--steps 100] [--pairs 3]
+    python benchmarks/training_ingest.py --train SHARDS --val SHARDS [--rounds 4] [--steps 100] [--pairs 3]
                                          [--json FILE]
 
 Ingest: the dataset of batches that training reads, with a consumer that does nothing, against a DataLoader
 that makes the same batches with the same code in as many processes as there are cores; images per second
-after the first ten batches. Training: a run of some steps fed by that dataset, whose tasks work ahead and end
-early, against the same steps on batches in memory, both in this process. Sides alternate; ratios are taken
-pair by pair.
+of some rounds of tasks, one for each core, after the first. Training: a run of some steps fed by that
+dataset, whose tasks work ahead and end early, against the same steps on batches in memory, both in this
+process. Sides alternate; ratios are taken pair by pair.
 """
 
 import argparse
 import itertools
 import json
+import math
 import os
 import statistics
 import tempfile
@@ -29,14 +30,14 @@ from torch.utils.data import DataLoader, Dataset
 
 from pipeline import runtime
 from pipeline.config import TrainConfig
-from pipeline.training.feed import Pace, batches, data_config, own_batches
+from pipeline.training.feed import IMAGES_PER_ROW, ROWS_PER_TASK, Pace, batches, data_config, own_batches
 from pipeline.training.loop import Learner
 from pipeline.training.order import picks
 from pipeline.training.plan import make_recipe
 from pipeline.training.run import Prepared, prepare
 from pipeline.training.samples import Batch, load_batch
 
-WARM_UP = 10  # batches: processes start and import torch
+WARM_UP = 10  # steps: processes start and import torch
 
 
 class Batches(Dataset[Batch]):
@@ -72,7 +73,10 @@ def from_ray(prepared: Prepared, count: int) -> Iterator[Batch]:
 
 def whole_run(prepared: Prepared, count: int) -> Iterator[Batch]:
     """The batches of a run of so many steps as its worker gets them."""
-    yield from from_ray(replace(prepared, plan=replace(prepared.plan, num_steps=count)), count)
+    plan = prepared.plan
+    epochs = math.ceil(count * plan.config.batch_size / plan.num_images)
+    plan = replace(plan, config=replace(plan.config, epochs=epochs))
+    yield from from_ray(replace(prepared, plan=plan), count)
 
 
 def from_loader(prepared: Prepared, count: int) -> Iterator[Batch]:
@@ -91,14 +95,14 @@ def in_memory(prepared: Prepared, count: int) -> Iterator[Batch]:
     yield from itertools.islice(itertools.cycle(made), count)
 
 
-def images_per_second(batches: Iterator[Batch], use: Callable[[Batch], object]) -> float:
-    """Of all batches after the first ones."""
+def images_per_second(batches: Iterator[Batch], use: Callable[[Batch], object], *, warm_up: int) -> float:
+    """Of all batches after the first `warm_up`."""
     num_images, started = 0, 0.0
     for number, batch in enumerate(batches):
         use(batch)
-        if number == WARM_UP - 1:
+        if number == warm_up - 1:
             started = time.perf_counter()
-        elif number >= WARM_UP:
+        elif number >= warm_up:
             num_images += len(batch.image_ids)
     return num_images / (time.perf_counter() - started)
 
@@ -109,7 +113,7 @@ def main() -> None:
     )
     parser.add_argument("--train", required=True)
     parser.add_argument("--val", required=True)
-    parser.add_argument("--batches", type=int, default=200)
+    parser.add_argument("--rounds", type=int, default=4)
     parser.add_argument("--steps", type=int, default=100)
     parser.add_argument("--pairs", type=int, default=3)
     parser.add_argument("--json", type=Path)
@@ -127,15 +131,22 @@ def main() -> None:
         def step(batch: Batch) -> None:
             learner.step(batch, progress=0.5)
 
+        # Batches come in the order of their tasks: only whole rounds take the time of their making.
+        round_size = (os.cpu_count() or 1) * ROWS_PER_TASK * math.ceil(IMAGES_PER_ROW / config.batch_size)
         questions = {
-            "ingest": (args.batches, (from_ray, nothing), (from_loader, nothing)),
-            "training": (args.steps, (whole_run, step), (in_memory, step)),
+            "ingest": (round_size, args.rounds * round_size, (from_ray, nothing), (from_loader, nothing)),
+            "training": (WARM_UP, args.steps, (whole_run, step), (in_memory, step)),
         }
         result = {}
-        for name, (number, *sides) in questions.items():
-            count, rates = WARM_UP + number, []
+        for name, (warm_up, number, *sides) in questions.items():
+            rates = []
             for _ in range(args.pairs):
-                rates.append([images_per_second(feed(prepared, count), use) for feed, use in sides])
+                rates.append(
+                    [
+                        images_per_second(feed(prepared, warm_up + number), use, warm_up=warm_up)
+                        for feed, use in sides
+                    ]
+                )
                 print(f"{name:<9} {rates[-1][0]:7.1f} {rates[-1][1]:7.1f}", flush=True)
             ratios = [ours / other for ours, other in rates]
             result[name] = {"images_per_second": rates, "ratio": statistics.median(ratios)}
