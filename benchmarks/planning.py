@@ -74,7 +74,7 @@ def plan_shards(folder: str) -> None:
     settings = read_settings(config, read_spec(DEFAULT_WEIGHTS))
     start = time.perf_counter()
     work = plan_work(config, settings, list_shards(config.input), ledger.Ledger())
-    _print(start, shards=len(work), tasks=len(group_tasks(work)))
+    _print(start, shards=len(work), tasks=len(group_tasks(work, num_cores=2)))
 
 
 def anti_join(folder: str) -> None:

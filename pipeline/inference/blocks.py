@@ -84,7 +84,7 @@ def read_blocks(work: Sequence[Work], settings: ReadSettings) -> Iterator[pa.Tab
     Each block has the columns of `schema.IMAGES`, `STATS` and `image`: uint8 [height, width, 3] RGB.
     """
     rows: list[dict[str, object]] = []
-    images = _blank(settings)
+    images = _empty(settings)
     retries = storage.num_retries()
     before = time.perf_counter()
     decode = ChildDecoder(settings) if settings.isolated else WatchedDecoder(settings)
@@ -93,19 +93,18 @@ def read_blocks(work: Sequence[Work], settings: ReadSettings) -> Iterator[pa.Tab
         row, pixels = decode(raw)
         row["num_retries"], retries = storage.num_retries() - retries, storage.num_retries()
         row["read_s"] = read_s
-        if pixels is not None:
-            images[len(rows)] = pixels
+        images[len(rows)] = 0 if pixels is None else pixels
         rows.append(row)
         if len(rows) == settings.images_per_block:
             yield _block(rows, images)
-            rows, images = [], _blank(settings)
+            rows, images = [], _empty(settings)
         before = time.perf_counter()
     if rows:
         yield _block(rows, images[: len(rows)])
 
 
-def _blank(settings: ReadSettings) -> np.ndarray:
-    return np.zeros((settings.images_per_block, settings.height, settings.width, 3), np.uint8)
+def _empty(settings: ReadSettings) -> np.ndarray:
+    return np.empty((settings.images_per_block, settings.height, settings.width, 3), np.uint8)
 
 
 def _block(rows: list[dict[str, object]], images: np.ndarray) -> pa.Table:

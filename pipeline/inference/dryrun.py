@@ -10,7 +10,6 @@ from pipeline.inference.blocks import DetectImages, ReadSettings, Work, read_blo
 from pipeline.inference.ledger import read_ledger
 from pipeline.inference.plan import (
     check_output,
-    group_tasks,
     plan_work,
     portable_weights,
     read_settings,
@@ -48,7 +47,7 @@ def dry_run(config: InferConfig) -> str:
         f"input     {config.input}: {len(shards):,} shards, {sum(s.num_bytes for s in shards) / 1e9:,.2f} GB",
         f"output    {config.output}: writable; {len(ledger.keys):,} images done before",
         f"model     {spec.architecture}, {spec.num_classes - 1} classes, input {size}",
-        f"to do     {len(work):,} shards in {len(group_tasks(work)):,} read tasks",
+        f"to do     {len(work):,} shards",
     ]
     if work:
         lines.append(_sample(config, weights, spec, settings, work))

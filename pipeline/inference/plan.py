@@ -24,14 +24,19 @@ from pipeline.model import checkpoint
 from pipeline.model.spec import ModelSpec
 from pipeline.results.parts import Part, part_names
 
-# A Ray task reads one large shard, or several small ones: a task each measured 33 s for 20,000 shards, some
-# thousand tasks in all 6 s for 100,000.
+# A Ray task reads some shards, one after the other, and opens the next one meanwhile. Between two tasks a
+# core is idle (Ray Data notices an end tenths of a second late, then the first shard is fetched): few large
+# ones are best, but enough of them that no core works alone at the end. A task for each of 20,000 shards took
+# 33 s to plan, some thousand tasks for 100,000 shards 6 s.
+TASK_BYTES = 512_000_000
+MIN_TASKS_PER_CORE = 8
 MAX_TASKS = 2_000
 MIN_IMAGES_PER_TASK = 128  # loose image files, a shard each
 
-# A block is one commit: small enough for a slow detector, a whole number of batches. 64 images of
-# 300 x 300 are 17 MB.
-IMAGES_PER_BLOCK = 64
+# A block is one commit, a whole number of batches. Each costs Ray about 60 ms of CPU, so small ones are dear
+# (64 images of 300x300: a seventh of all); beyond 32 MB, though, glibc takes its memory from the system anew,
+# which zeroes every page of it (128 images: a third of the readers' time); see WORKER_ENVIRONMENT, too.
+BLOCK_BYTES = 30_000_000
 
 DEFAULT_THRESHOLD = 0.05  # of classes that a file of thresholds doesn't name
 
@@ -91,7 +96,7 @@ def read_settings(config: InferConfig, spec: ModelSpec) -> ReadSettings:
         height=spec.input_height,
         width=spec.input_width,
         resize_rule=spec.resize_rule,
-        images_per_block=IMAGES_PER_BLOCK,
+        images_per_block=_images_per_block(config, spec),
         max_pixels=config.max_pixels,
         max_image_bytes=config.max_image_bytes,
         max_decode_s=config.max_decode_s,
@@ -99,6 +104,11 @@ def read_settings(config: InferConfig, spec: ModelSpec) -> ReadSettings:
         image_column=config.image_column or None,
         id_column=config.id_column or None,
     )
+
+
+def _images_per_block(config: InferConfig, spec: ModelSpec) -> int:
+    fitting = BLOCK_BYTES // (spec.input_height * spec.input_width * 3)
+    return max(1, fitting // config.batch_size) * config.batch_size
 
 
 def score_thresholds(config: InferConfig, spec: ModelSpec) -> dict[str, float]:
@@ -289,12 +299,15 @@ def save_shards(plan: Plan) -> None:
     storage.write_atomic(storage.join(plan.output, "_run", "shards.parquet"), buffer.getvalue())
 
 
-def group_tasks(work: Sequence[Work]) -> list[list[Work]]:
-    """Split the work into Ray tasks: at most `MAX_TASKS`, and enough loose images in each."""
+def group_tasks(work: Sequence[Work], *, num_cores: int) -> list[list[Work]]:
+    """Split the work into Ray tasks: some for each core, `MAX_TASKS` at most, enough loose images in each."""
     loose = [item for item in work if item.shard.kind == "image"]
     packed = [item for item in work if item.shard.kind != "image"]
+    num_bytes = sum(item.shard.num_bytes for item in packed)
+    large = TASK_BYTES * len(packed) // max(num_bytes, 1)
+    fair = len(packed) // (MIN_TASKS_PER_CORE * max(num_cores, 1))
     return [
-        *_chunks(packed, -(-len(packed) // MAX_TASKS)),
+        *_chunks(packed, max(min(large, fair), -(-len(packed) // MAX_TASKS))),
         *_chunks(loose, max(MIN_IMAGES_PER_TASK, -(-len(loose) // MAX_TASKS))),
     ]
 

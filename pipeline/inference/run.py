@@ -29,7 +29,6 @@ from pipeline.inference.ledger import (
 from pipeline.inference.lock import Lock
 from pipeline.inference.monitor import monitoring, progress_of
 from pipeline.inference.plan import (
-    IMAGES_PER_BLOCK,
     Plan,
     check_output,
     digest,
@@ -150,7 +149,8 @@ def run_plan(
     """Start Ray and run the plan until every image has its row or the error budget is spent."""
     runtime.start_ray()
     pool = choose_pool(config)
-    plan = replace(plan, settings=replace(plan.settings, images_per_block=images_per_block(pool, spec)))
+    if is_slow(pool, spec):
+        plan = replace(plan, settings=replace(plan.settings, images_per_block=SLOW_IMAGES_PER_BLOCK))
     logger.info("%s: starting %d detectors on %s ...", spec.architecture, pool.min_size, pool.device)
     with monitoring(progress_of(plan), config, weights) as monitor:
         try:
@@ -250,7 +250,7 @@ def run_passes(
     for number in range(MAX_PASSES):
         if not work:
             return
-        tasks = group_tasks(work)
+        tasks = group_tasks(work, num_cores=int(runtime.cluster_resource("CPU")))
         runtime.configure_data(block_bytes=settings.images_per_block * settings.image_bytes)
         detected = detect_shards(
             tasks,
@@ -366,14 +366,12 @@ def choose_pool(config: InferConfig) -> Pool:
     )
 
 
-def images_per_block(pool: Pool, spec: ModelSpec) -> int:
-    """Images of one block, which is one commit: whole batches, and under a minute of a detector's work.
+def is_slow(pool: Pool, spec: ModelSpec) -> bool:
+    """Whether a block of the usual size would be minutes of a detector's work, which a kill would cost.
 
     On one core `ssd512_vgg16` takes 2.6 s an image and `ssdlite300_mobilenet_v2` 0.1 s.
     """
-    slow = pool.device == "cpu" and not spec.architecture.startswith("ssdlite")
-    most = SLOW_IMAGES_PER_BLOCK if slow else IMAGES_PER_BLOCK
-    return most if slow else max(1, most // pool.batch_size) * pool.batch_size
+    return pool.device == "cpu" and not spec.architecture.startswith("ssdlite")
 
 
 def check_writable(output: str) -> None:

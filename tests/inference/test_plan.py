@@ -1,0 +1,44 @@
+"""How a run's shards become Ray tasks."""
+
+from hypothesis import given
+from hypothesis import strategies as st
+
+from pipeline.data.shards import Shard
+from pipeline.inference.blocks import Work
+from pipeline.inference.plan import MAX_TASKS, MIN_TASKS_PER_CORE, TASK_BYTES, group_tasks
+
+
+def shards(count, *, num_bytes, kind="tar"):
+    return [Work(Shard(f"{kind}-{n}", f"s3://b/{n}", kind, num_bytes, "e")) for n in range(count)]
+
+
+@given(
+    packed=st.integers(0, 5_000),
+    loose=st.integers(0, 5_000),
+    num_bytes=st.integers(0, 2 * TASK_BYTES),
+    num_cores=st.integers(1, 200),
+)
+def test_every_shard_is_in_one_task_in_order(packed, loose, num_bytes, num_cores):
+    work = shards(packed, num_bytes=num_bytes) + shards(loose, num_bytes=9, kind="image")
+    tasks = group_tasks(work, num_cores=num_cores)
+    assert [item for task in tasks for item in task] == work
+    assert all(tasks)
+    of_packed = [task for task in tasks if task[0].shard.kind == "tar"]
+    assert len(of_packed) <= MAX_TASKS
+    assert len(of_packed) >= min(packed, MIN_TASKS_PER_CORE * num_cores, MAX_TASKS / 2)
+
+
+def test_small_shards_share_a_task_as_long_as_every_core_has_its_share():
+    small = shards(1_000, num_bytes=1_000_000)
+    assert {len(task) for task in group_tasks(small, num_cores=2)[:-1]} == {62}  # 1,000 / (8 * 2)
+    assert {len(task) for task in group_tasks(small, num_cores=100)} == {1}
+    large = shards(1_000, num_bytes=200_000_000)
+    assert {len(task) for task in group_tasks(large, num_cores=2)} == {2}  # 512 MB
+
+
+def test_loose_images_come_many_to_a_task():
+    assert [len(task) for task in group_tasks(shards(300, num_bytes=9, kind="image"), num_cores=8)] == [
+        128,
+        128,
+        44,
+    ]
