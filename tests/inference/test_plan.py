@@ -3,12 +3,12 @@
 from hypothesis import given
 from hypothesis import strategies as st
 
-from pipeline.data.shards import Shard
+from pipeline.data.shards import Kind, Shard
 from pipeline.inference.blocks import Work
 from pipeline.inference.plan import MAX_TASKS, MIN_TASKS_PER_CORE, TASK_BYTES, group_tasks
 
 
-def shards(count, *, num_bytes, kind="tar"):
+def shards(count: int, *, num_bytes: int, kind: Kind = "tar") -> list[Work]:
     return [Work(Shard(f"{kind}-{n}", f"s3://b/{n}", kind, num_bytes, "e")) for n in range(count)]
 
 

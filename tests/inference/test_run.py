@@ -277,7 +277,7 @@ class DyingReader:
             yield block
 
 
-@pytest.mark.parametrize("block", [0, 1, 3])
+@pytest.mark.parametrize("block", [0, 1, 2])  # of 96, 96 and 8 images
 def test_a_reader_killed_in_a_shard_loses_and_repeats_nothing(folders, tmp_path, monkeypatch, block):
     from pipeline.inference import run as module
 
