@@ -3,7 +3,11 @@
 from pathlib import Path
 
 import pytest
+from hypothesis import settings
 from s3fs import S3FileSystem
+
+settings.register_profile("any machine", deadline=None)  # how long an example takes is no behaviour
+settings.load_profile("any machine")
 
 SHARED = Path(__file__).resolve().parents[2] / "shared"
 

@@ -178,7 +178,7 @@ def proxy(upstream: dict[str, str], *, faults: float = 0, seed: int = 0) -> Iter
         thread.join()
 
 
-def wait_for(url: str, process: subprocess.Popen, seconds: float = 60) -> None:
+def wait_for(url: str, process: subprocess.Popen, seconds: float = 120) -> None:
     """Until the server answers anything at all."""
     deadline = time.monotonic() + seconds
     while time.monotonic() < deadline:

@@ -93,7 +93,7 @@ iou_tables = st.lists(
 )
 
 
-@settings(deadline=None, max_examples=200)
+@settings(max_examples=200)
 @given(st.lists(iou_tables, min_size=1, max_size=3))
 def test_any_table_of_ious_is_matched_as_by_the_slow_oracle(tables):
     num_objects = max(len(table) for table in tables)

@@ -208,7 +208,7 @@ def test_a_file_cut_off_anywhere_is_refused_or_has_fewer_layers():
         assert len(net.blobs) + len(net.priors) < 3
 
 
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=300)
 @given(st.data())
 def test_damaged_bytes_are_refused_cleanly(data):
     damaged = bytearray(SMALL)
