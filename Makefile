@@ -7,7 +7,7 @@ READY := $(VENV)/.ready
 export THP_MEM_ALLOC_ENABLE := 1
 
 .DEFAULT_GOAL := help
-.PHONY: help demo train-demo test test-fast check format clean
+.PHONY: help demo train-demo test test-ray test-beside test-fast check format clean
 
 help:  ## list the targets
 	@awk 'BEGIN {FS = ":.*## "} /^[a-z-]+:.*## / {printf "  %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -29,11 +29,16 @@ train-demo: $(READY)  ## train on generated pictures for 3 minutes, then detect 
 	$(BIN)/python jobs/evaluate.py --detections $(TRAINED)/detections --annotations $(TRAINED)/shards/test
 
 # Clusters that start and die leave a fifth of two cores idle: the other tests run there meanwhile.
-OTHERS := .pytest-without-ray.log
 test: $(READY)  ## every test that needs no GPU
-	nice $(BIN)/python -m pytest -q -m "not ray" -p no:cacheprovider -o timeout=1200 >$(OTHERS) 2>&1 & \
-	others=$$!; trap "kill $$others" INT TERM; $(BIN)/python -m pytest -q -m ray; with_ray=$$?; \
-	wait $$others; without_ray=$$?; cat $(OTHERS); exit $$((with_ray | without_ray))
+	$(MAKE) --keep-going --jobs=2 test-ray test-beside
+
+test-ray: $(READY)
+	$(BIN)/python -m pytest -q -m ray
+
+OTHERS := .pytest-without-ray.log
+test-beside: $(READY)
+	@nice $(BIN)/python -m pytest -q -m "not ray" -p no:cacheprovider -o timeout=1200 >$(OTHERS) 2>&1; \
+	code=$$?; cat $(OTHERS); exit $$code
 
 test-fast: $(READY)  ## tests that start no Ray cluster
 	$(BIN)/python -m pytest -q -m "not ray"

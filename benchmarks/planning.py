@@ -67,13 +67,11 @@ def plan_shards(folder: str) -> None:
     """List all shards and make the read tasks of a first run."""
     from pipeline.config import InferConfig
     from pipeline.data.shards import list_shards
-    from pipeline.inference.plan import group_tasks, plan_work, read_settings  # imports torch
-    from pipeline.model.checkpoint import DEFAULT_WEIGHTS, read_spec
+    from pipeline.inference.plan import group_tasks, plan_work
 
     config = InferConfig(input=f"{folder}/shards", output=f"{folder}/none")
-    settings = read_settings(config, read_spec(DEFAULT_WEIGHTS))
     start = time.perf_counter()
-    work = plan_work(config, settings, list_shards(config.input), ledger.Ledger())
+    work = plan_work(config, list_shards(config.input), ledger.Ledger())
     _print(start, shards=len(work), tasks=len(group_tasks(work, num_cores=2)))
 
 

@@ -30,6 +30,8 @@ IDLE_WORKER_MS = 60_000
 # core, the threads of a training step wait for the one that runs there.
 WORKER_NICENESS = 0
 
+GROWING_CORES = 64
+
 
 def start_ray(**settings: Any) -> None:
     """Connect to the cluster of `RAY_ADDRESS` (set inside `ray job submit`), else start a local one.
@@ -46,7 +48,8 @@ def start_ray(**settings: Any) -> None:
     else:
         # Workers inherit this. A runtime_env would leave those that Ray starts ahead unused: 31 processes
         # for a small run rather than 14.
-        os.environ.update(WORKER_ENVIRONMENT)
+        for name, value in WORKER_ENVIRONMENT.items():
+            os.environ.setdefault(name, value)
         os.environ.setdefault("RAY_idle_worker_killing_time_threshold_ms", str(IDLE_WORKER_MS))
         os.environ.setdefault("RAY_worker_niceness", str(WORKER_NICENESS))
         where = {"address": "local", "include_dashboard": False}
@@ -56,6 +59,12 @@ def start_ray(**settings: Any) -> None:
 def cluster_resource(name: str) -> float:
     """How much of "CPU" or "GPU" the whole cluster has: never asked of the driver's machine."""
     return ray.cluster_resources().get(name, 0.0)
+
+
+def expected_cores() -> int:
+    """Cores to make enough tasks for. A cluster that isn't this driver's may have few now and add nodes."""
+    cores = int(cluster_resource("CPU"))
+    return max(cores, GROWING_CORES) if os.environ.get("RAY_ADDRESS") else cores
 
 
 def give_way() -> None:

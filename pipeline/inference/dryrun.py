@@ -1,6 +1,7 @@
 """`--dry-run`: open one shard, load the model, check the output, and say what a run would do."""
 
 import time
+from dataclasses import replace
 
 import numpy as np
 
@@ -41,7 +42,7 @@ def dry_run(config: InferConfig) -> str:
     shards = list_shards(config.input)
     parts = [] if config.overwrite else read_parts(config.output)
     ledger = read_ledger(config.output, parts)
-    work = plan_work(config, settings, shards, ledger)
+    work = plan_work(config, shards, ledger)
     size = f"{spec.input_width}x{spec.input_height}"
     lines = [
         f"input     {config.input}: {len(shards):,} shards, {sum(s.num_bytes for s in shards) / 1e9:,.2f} GB",
@@ -60,7 +61,7 @@ def _sample(
     """Read and detect some images of the first shards; estimate the whole."""
     start = time.perf_counter()
     few = work[:SAMPLE_IMAGES]
-    block = next(read_blocks(few, settings))
+    block = next(read_blocks(few, replace(settings, images_per_block=SAMPLE_IMAGES)))
     read_s = time.perf_counter() - start
     detector = DetectImages(weights, "cpu", thresholds_by_label(config, spec), config.batch_size, threads=0)
     start = time.perf_counter()

@@ -7,7 +7,7 @@ import hashlib
 import io
 import json
 import tempfile
-from collections.abc import Collection, Iterable, Sequence
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -32,10 +32,11 @@ TASK_BYTES = 512_000_000
 MIN_TASKS_PER_CORE = 8
 MAX_TASKS = 2_000
 MIN_IMAGES_PER_TASK = 128  # loose image files, a shard each
+GUESSED_SHARD_IMAGES = 64  # for --limit
 
-# A block is one commit, a whole number of batches. Each costs Ray about 60 ms of CPU, so small ones are dear
-# (64 images of 300x300: a seventh of all); beyond 32 MB, though, glibc takes its memory from the system anew,
-# which zeroes every page of it (128 images: a third of the readers' time); see WORKER_ENVIRONMENT, too.
+# A block is one commit: as many whole batches as fit, or one. Each costs Ray about 60 ms of CPU, so small
+# ones are dear (64 images of 300x300: a seventh of all). Beyond 32 MB, though, glibc takes its memory from
+# the system anew, which zeroes every page of it (128 images: a third of the readers' time).
 BLOCK_BYTES = 30_000_000
 
 DEFAULT_THRESHOLD = 0.05  # of classes that a file of thresholds doesn't name
@@ -224,7 +225,7 @@ def make_plan(config: InferConfig, settings: ReadSettings, fingerprint: str, sha
         shards=shards,
         ledger=ledger,
         known=known,
-        work=plan_work(config, settings, shards, ledger, redone),
+        work=plan_work(config, shards, ledger, redone),
         round=max((part.round for part in known), default=0) + 1 if retry and known else 0,
         settings=settings,
         fingerprint=fingerprint,
@@ -233,7 +234,6 @@ def make_plan(config: InferConfig, settings: ReadSettings, fingerprint: str, sha
 
 def plan_work(
     config: InferConfig,
-    settings: ReadSettings,
     shards: Sequence[Shard],
     ledger: Ledger,
     redone: Collection[str] = (),
@@ -244,7 +244,7 @@ def plan_work(
         for shard in shards
         if (work := _remaining(shard, ledger, retry_failed=config.retry_failed, anew=shard.name in redone))
     ]
-    return _limited(work, config.limit, settings)
+    return _limited(work, config.limit)
 
 
 def _remaining(shard: Shard, ledger: Ledger, *, retry_failed: bool, anew: bool) -> Work | None:
@@ -278,8 +278,8 @@ def changed_shards(config: InferConfig, shards: Iterable[Shard], ledger: Ledger)
     return changed
 
 
-def _limited(work: list[Work], limit: int, settings: ReadSettings) -> list[Work]:
-    """The first shards, enough for about `limit` images; a shard of unknown size counts as one block."""
+def _limited(work: list[Work], limit: int) -> list[Work]:
+    """The first shards, enough for about `limit` images; nobody knows yet how many a packed one has."""
     if not limit:
         return work
     kept, images = [], 0
@@ -287,7 +287,7 @@ def _limited(work: list[Work], limit: int, settings: ReadSettings) -> list[Work]
         if images >= limit:
             break
         kept.append(item)
-        images += 1 if item.shard.kind == "image" else settings.images_per_block
+        images += 1 if item.shard.kind == "image" else GUESSED_SHARD_IMAGES
     return kept
 
 
@@ -303,14 +303,28 @@ def group_tasks(work: Sequence[Work], *, num_cores: int) -> list[list[Work]]:
     """Split the work into Ray tasks: some for each core, `MAX_TASKS` at most, enough loose images in each."""
     loose = [item for item in work if item.shard.kind == "image"]
     packed = [item for item in work if item.shard.kind != "image"]
+    num_tasks = MIN_TASKS_PER_CORE * max(num_cores, 1)
     num_bytes = sum(item.shard.num_bytes for item in packed)
-    large = TASK_BYTES * len(packed) // max(num_bytes, 1)
-    fair = len(packed) // (MIN_TASKS_PER_CORE * max(num_cores, 1))
     return [
-        *_chunks(packed, max(min(large, fair), -(-len(packed) // MAX_TASKS))),
-        *_chunks(loose, max(MIN_IMAGES_PER_TASK, -(-len(loose) // MAX_TASKS))),
+        *_tasks(
+            packed,
+            least=-(-len(packed) // MAX_TASKS),
+            most=len(packed) // num_tasks,
+            num_bytes=min(TASK_BYTES, num_bytes // num_tasks),
+        ),
+        *_tasks(loose, least=max(MIN_IMAGES_PER_TASK, -(-len(loose) // MAX_TASKS)), most=0, num_bytes=0),
     ]
 
 
-def _chunks(items: Sequence[Work], size: int) -> list[list[Work]]:
-    return [list(items[start : start + size]) for start in range(0, len(items), max(size, 1))]
+def _tasks(items: Sequence[Work], *, least: int, most: int, num_bytes: int) -> Iterator[list[Work]]:
+    """`items` in order: at least `least` in each task, and then up to `most` of `num_bytes` together."""
+    task: list[Work] = []
+    held = 0
+    for item in items:
+        if len(task) >= max(most, least) or (len(task) >= least and held + item.shard.num_bytes > num_bytes):
+            yield task
+            task, held = [], 0
+        task.append(item)
+        held += item.shard.num_bytes
+    if task:
+        yield task

@@ -73,8 +73,8 @@ class Pool:
         """Parts that are published at once: one waits tenths of a second for the store.
 
         Without a limit Ray starts a process for each part that is ready and counts cores as theirs that
-        readers could use: 0.39 of the speed of two processes that
-        only read, decode and resize; with it 0.65 (benchmarks/feeding.py, two cores).
+        readers could use: 0.39 of the speed of two processes that only read, decode and resize, where a limit
+        alone made it 0.65 (benchmarks/feeding.py, two cores).
         """
         return max(2, self.max_size * (8 if self.device == "cuda" else 1))
 
@@ -250,7 +250,7 @@ def run_passes(
     for number in range(MAX_PASSES):
         if not work:
             return
-        tasks = group_tasks(work, num_cores=int(runtime.cluster_resource("CPU")))
+        tasks = group_tasks(work, num_cores=runtime.expected_cores())
         runtime.configure_data(block_bytes=settings.images_per_block * settings.image_bytes)
         detected = detect_shards(
             tasks,

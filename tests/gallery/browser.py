@@ -20,7 +20,7 @@ def browse(page: Path, *flags: str, profile: Path) -> subprocess.CompletedProces
         "--allow-file-access-from-files", f"--user-data-dir={profile}", "--virtual-time-budget=4000",
         *flags, page.as_uri(),
     ]  # fmt: skip
-    return subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
+    return subprocess.run(command, capture_output=True, text=True, timeout=600, check=False)
 
 
 def ask(page: Path, script: str, *, width: int = 1280, folder: Path) -> list[str]:

@@ -16,10 +16,13 @@ def shards(count: int, *, num_bytes: int, kind: Kind = "tar") -> list[Work]:
     packed=st.integers(0, 5_000),
     loose=st.integers(0, 5_000),
     num_bytes=st.integers(0, 2 * TASK_BYTES),
+    large=st.integers(0, 20),
     num_cores=st.integers(1, 200),
 )
-def test_every_shard_is_in_one_task_in_order(packed, loose, num_bytes, num_cores):
-    work = shards(packed, num_bytes=num_bytes) + shards(loose, num_bytes=9, kind="image")
+def test_every_shard_is_in_one_task_in_order(packed, loose, num_bytes, large, num_cores):
+    work = shards(packed, num_bytes=num_bytes) + shards(large, num_bytes=10 * TASK_BYTES)
+    work += shards(loose, num_bytes=9, kind="image")
+    packed += large
     tasks = group_tasks(work, num_cores=num_cores)
     assert [item for task in tasks for item in task] == work
     assert all(tasks)
@@ -34,6 +37,13 @@ def test_small_shards_share_a_task_as_long_as_every_core_has_its_share():
     assert {len(task) for task in group_tasks(small, num_cores=100)} == {1}
     large = shards(1_000, num_bytes=200_000_000)
     assert {len(task) for task in group_tasks(large, num_cores=2)} == {2}  # 512 MB
+
+
+def test_a_few_large_shards_among_small_ones_have_a_task_each():
+    work = shards(1_980, num_bytes=1_000_000) + shards(20, num_bytes=4_000_000_000)
+    tasks = group_tasks(work, num_cores=16)
+    assert [len(task) for task in tasks[-20:]] == [1] * 20
+    assert {len(task) for task in tasks[:-20]} == {15}  # 2,000 / (8 * 16)
 
 
 def test_loose_images_come_many_to_a_task():

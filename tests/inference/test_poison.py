@@ -26,9 +26,9 @@ infer(InferConfig(input=sys.argv[1], output=sys.argv[2], max_decode_s=2), detect
 def test_images_that_kill_or_hold_their_decoder_become_failed_rows_and_the_run_ends_by_itself(tmp_path):
     source, target = tmp_path / "in", tmp_path / "out"
     for number in range(4):
-        images = {f"{i:03}.jpg": make_jpeg(seed=100 * number + i) for i in range(90)}
+        images = {f"{i:03}.jpg": make_jpeg(seed=100 * number + i) for i in range(150)}
         if number == 1:
-            images["070-killer.jpg"] = b"POISON"
+            images["120-killer.jpg"] = b"POISON"
         if number == 2:
             images["005-stuck.jpg"] = b"STUCK"
         make_tar_shard(source / f"s{number}.tar", images)
@@ -39,8 +39,8 @@ def test_images_that_kill_or_hold_their_decoder_become_failed_rows_and_the_run_e
     )  # fmt: skip
     failed = load_images(target, status="failed")
     assert dict(zip(failed.image_id, failed.error_type, strict=True)) == {
-        "s1.tar/070-killer.jpg": "ProcessDied",
+        "s1.tar/120-killer.jpg": "ProcessDied",
         "s2.tar/005-stuck.jpg": "TimedOut",
     }
-    assert len(load_images(target)) == 4 * 90 + 2
+    assert len(load_images(target)) == 4 * 150 + 2
     assert verify(str(source), str(target)).problems == []

@@ -86,7 +86,7 @@ def test_the_physical_plan_is_read_detect_write(folders, monkeypatch):
 def test_every_image_of_every_kind_of_input_has_one_row(folders):
     source, target = folders
     good = make_jpeg(seed=1)
-    make_tar_shard(source / "a.tar", {f"{i}.jpg": make_jpeg(seed=i) for i in range(70)})
+    make_tar_shard(source / "a.tar", {f"{i}.jpg": make_jpeg(seed=i) for i in range(100)})
     make_tar_shard(
         source / "sub/b.tar", {"x.jpg": good, "broken.jpg": good[: len(good) // 2], "empty.jpg": b""}
     )
@@ -95,7 +95,7 @@ def test_every_image_of_every_kind_of_input_has_one_row(folders):
     (source / "cut.tar").write_bytes(make_tar([(f"{i}.jpg", good) for i in range(4)])[:-11000])
     report = run(source, target)
     images = load_images(target).set_index("image_id")
-    assert len(images) == 70 + 3 + 2 + 1 + 1
+    assert len(images) == 100 + 3 + 2 + 1 + 1
     assert images.loc["cut.tar", ["shard_index", "shard_size", "error_stage"]].tolist() == [-1, 0, "read"]
     failed = images[images.status == "failed"]
     assert sorted(failed.index) == ["c.parquet/1", "cut.tar", "sub/b.tar/broken.jpg", "sub/b.tar/empty.jpg"]
@@ -106,7 +106,7 @@ def test_every_image_of_every_kind_of_input_has_one_row(folders):
     assert (sizes["nunique"] == 1).all()
     assert (sizes["first"] == sizes["size"]).all()
     assert images.num_detections.sum() == len(load_detections(target))
-    assert (report.num_images, report.num_failed) == (77, 4)
+    assert (report.num_images, report.num_failed) == (107, 4)
     assert verify(str(source), str(target)).problems == []
 
 

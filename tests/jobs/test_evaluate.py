@@ -13,7 +13,7 @@ ROOT = Path(__file__).resolve().parents[2]
 
 def evaluate(*flags: object) -> subprocess.CompletedProcess[str]:
     command = [sys.executable, "jobs/evaluate.py", *map(str, flags)]
-    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False, timeout=120)
+    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False, timeout=600)
 
 
 @pytest.fixture

@@ -10,7 +10,7 @@ ROOT = Path(__file__).resolve().parents[2]
 
 def report(*flags: object) -> subprocess.CompletedProcess[str]:
     command = [sys.executable, "jobs/report.py", *map(str, flags)]
-    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False, timeout=120)
+    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False, timeout=600)
 
 
 def write_output(folder, shard, score):

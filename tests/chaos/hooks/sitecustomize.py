@@ -102,7 +102,7 @@ def hook_blocks(module):
     @functools.wraps(function)
     def read_blocks(work, settings):
         key = work[0].shard.name
-        last = draw(key).randrange(3)
+        last = draw(key).randrange(2)  # of the blocks of a shard
         for number, block in enumerate(function(work, settings)):
             if DEATHS and number == last:
                 die_once("reader", key)
