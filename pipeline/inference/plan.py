@@ -317,11 +317,12 @@ def group_tasks(work: Sequence[Work], *, num_cores: int) -> list[list[Work]]:
 
 
 def _tasks(items: Sequence[Work], *, least: int, most: int, num_bytes: int) -> Iterator[list[Work]]:
-    """`items` in order: at least `least` in each task, and then up to `most` of `num_bytes` together."""
+    """`items` in order: at least `least` in a task, and then up to `most` of about `num_bytes` together."""
     task: list[Work] = []
     held = 0
     for item in items:
-        if len(task) >= max(most, least) or (len(task) >= least and held + item.shard.num_bytes > num_bytes):
+        too_large = held + item.shard.num_bytes / 2 > num_bytes  # half: shards of nearly one size stay even
+        if len(task) >= max(most, least) or (len(task) >= least and too_large):
             yield task
             task, held = [], 0
         task.append(item)
