@@ -9,9 +9,7 @@ second. The three sides take turns; the table shows the median of pipeline / bes
 import argparse
 import json
 import multiprocessing
-import os
 import statistics
-import sys
 import tempfile
 import time
 from pathlib import Path
@@ -99,6 +97,5 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    if not runtime.WORKER_ENVIRONMENT.items() <= os.environ.items():  # read at a process's start
-        os.execve(sys.executable, [sys.executable, *sys.argv], os.environ | runtime.WORKER_ENVIRONMENT)
+    runtime.take_worker_environment()
     main()

@@ -14,9 +14,7 @@ import io
 import itertools
 import json
 import multiprocessing
-import os
 import statistics
-import sys
 import tarfile
 import tempfile
 import time
@@ -167,6 +165,5 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    if not runtime.WORKER_ENVIRONMENT.items() <= os.environ.items():  # read at a process's start
-        os.execve(sys.executable, [sys.executable, *sys.argv], os.environ | runtime.WORKER_ENVIRONMENT)
+    runtime.take_worker_environment()
     main()

@@ -16,7 +16,6 @@ import json
 import math
 import os
 import statistics
-import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator
@@ -161,6 +160,5 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    if not runtime.WORKER_ENVIRONMENT.items() <= os.environ.items():  # read at a process's start
-        os.execve(sys.executable, [sys.executable, *sys.argv], os.environ | runtime.WORKER_ENVIRONMENT)
+    runtime.take_worker_environment()
     main()

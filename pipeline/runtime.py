@@ -2,6 +2,7 @@
 
 import logging
 import os
+import sys
 import warnings
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
@@ -30,6 +31,7 @@ IDLE_WORKER_MS = 60_000
 # core, the threads of a training step wait for the one that runs there.
 WORKER_NICENESS = 0
 
+# Assumed for work that is split before a cluster of others has its nodes.
 GROWING_CORES = 64
 
 
@@ -54,6 +56,15 @@ def start_ray(**settings: Any) -> None:
         os.environ.setdefault("RAY_worker_niceness", str(WORKER_NICENESS))
         where = {"address": "local", "include_dashboard": False}
     ray.init(logging_level=logging.ERROR, **where, **settings)
+
+
+def take_worker_environment() -> None:
+    """Start this program anew with the workers' environment, which glibc and torch read at a process's start.
+
+    For benchmarks: the side that isn't Ray's gets the same allocator settings.
+    """
+    if not WORKER_ENVIRONMENT.items() <= os.environ.items():
+        os.execve(sys.executable, [sys.executable, *sys.argv], os.environ | WORKER_ENVIRONMENT)
 
 
 def cluster_resource(name: str) -> float:

@@ -34,9 +34,9 @@ MAX_TASKS = 2_000
 MIN_IMAGES_PER_TASK = 128  # loose image files, a shard each
 GUESSED_SHARD_IMAGES = 64  # for --limit
 
-# A block is one commit: as many whole batches as fit, or one. Each costs Ray about 60 ms of CPU, so small
-# ones are dear (64 images of 300x300: a seventh of all). Beyond 32 MB, though, glibc takes its memory from
-# the system anew, which zeroes every page of it (128 images: a third of the readers' time).
+# A block is one commit: as many whole batches as fit, or one. Each costs about 60 ms of CPU (summed from
+# parts) in driver, detector and writer, so small ones are dear. Beyond 32 MB, though, glibc takes its memory
+# from the system anew, which zeroes every page of it (128 images: a third of the readers' time).
 BLOCK_BYTES = 30_000_000
 
 DEFAULT_THRESHOLD = 0.05  # of classes that a file of thresholds doesn't name
