@@ -1,11 +1,22 @@
-"""How a run's shards become Ray tasks."""
+"""How a run's shards become Ray tasks, and images blocks."""
 
+import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from pipeline.config import InferConfig
 from pipeline.data.shards import Kind, Shard
 from pipeline.inference.blocks import Work
-from pipeline.inference.plan import MAX_TASKS, MIN_TASKS_PER_CORE, TASK_BYTES, group_tasks
+from pipeline.inference.plan import (
+    BLOCK_BYTES,
+    MAX_TASKS,
+    MIN_TASKS_PER_CORE,
+    TASK_BYTES,
+    group_tasks,
+    read_settings,
+)
+from pipeline.inference.run import Pool, is_slow
+from pipeline.model.ssd import build_model
 
 
 def shards(count: int, *, num_bytes: int, kind: Kind = "tar") -> list[Work]:
@@ -57,3 +68,33 @@ def test_loose_images_come_many_to_a_task():
         128,
         44,
     ]
+
+
+@pytest.mark.parametrize(
+    ("architecture", "batch_size", "expected"),
+    [
+        ("ssdlite300_mobilenet_v2", 1, 111),  # 30 MB / (300 * 300 * 3)
+        ("ssdlite300_mobilenet_v2", 32, 96),  # three whole batches
+        ("ssd512_vgg16", 32, 32),  # 38 would fit
+        ("ssd512_vgg16", 64, 64),  # a batch is never cut
+    ],
+)
+def test_a_block_holds_as_many_whole_batches_as_fit_or_one(architecture, batch_size, expected):
+    spec = build_model(architecture, num_classes=2).spec
+    settings = read_settings(InferConfig(input="i", output="o", batch_size=batch_size), spec)
+    assert settings.images_per_block == expected
+    assert expected == batch_size or expected * settings.image_bytes <= BLOCK_BYTES
+
+
+@pytest.mark.parametrize(
+    ("architecture", "device", "expected"),
+    [
+        ("ssd512_vgg16", "cpu", True),
+        ("ssd300_vgg16", "cpu", True),
+        ("ssdlite300_mobilenet_v2", "cpu", False),
+        ("ssd512_vgg16", "cuda", False),
+    ],
+)
+def test_large_models_on_cpus_commit_after_a_few_images(architecture, device, expected):
+    pool = Pool(device=device, min_size=1, max_size=1, batch_size=32, threads=1)
+    assert is_slow(pool, build_model(architecture, num_classes=2).spec) is expected
