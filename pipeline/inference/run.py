@@ -51,11 +51,10 @@ from pipeline.runlog import Progress, logger
 MAX_PASSES = 5  # the run itself, and again for what is missing or was in flight when a process died
 SLOW_IMAGES_PER_BLOCK = 16
 
-# Logical: detectors and readers share the cores. Two readers a core: while one waits for its next task (Ray
-# Data notices an end tenths of a second late) or for the store, the other decodes. On two cores 488 images/s
-# rather than 446, twice each; the two processes more take 3 s to start.
+# Logical: detectors and readers share the cores. Whole numbers: from fractions Ray Data (2.60) makes budgets
+# that are short of the last reader (0.89 for 0.9), and half the cores stood idle.
 DETECTOR_CPUS = 0
-READER_CPUS = 0.5
+READER_CPUS = 1
 RETRIES = 3  # Ray's default is for ever, and so is a poison image
 
 
