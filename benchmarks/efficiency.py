@@ -15,18 +15,12 @@ import time
 from pathlib import Path
 
 import numpy as np
-from feeding import BATCH, SIZE, WORKERS, make_shards, plain_rate, resized
+from feeding import BATCH, SIZE, WORKERS, make_shards, pipeline_rate, plain_rate, resized
 
 from pipeline import runtime
 from pipeline.config import InferConfig
 from pipeline.data.shards import list_shards
-from pipeline.inference.run import infer
-
-
-def pipeline_rate(source: str, output: str, weights: str) -> float:
-    """Read -> detect -> Parquet, steady images per second."""
-    report = infer(InferConfig(input=source, output=output, weights=weights, reduced_decode=False))
-    return report.steady_images_per_second
+from pipeline.inference.run import LoadedDetector
 
 
 def model_rate(source: str, weights: str) -> float:
@@ -85,7 +79,9 @@ def main() -> None:
         make_shards(args.images, Path(source), num_shards=args.shards, size=args.images_per_shard)
         for number in range(args.pairs):
             read = plain_rate(source)
-            whole = pipeline_rate(source, f"{name}/out-{number}", args.weights)
+            whole = pipeline_rate(
+                source, f"{name}/out-{number}", detector=LoadedDetector, weights=args.weights
+            )
             model = model_rate(source, args.weights)
             best = 1 / (1 / model + 1 / read)
             ratios.append(whole / best)

@@ -79,18 +79,21 @@ class NullDetector:
         return with_detections(block, [], 0.0, np.zeros(0, np.int64))
 
 
-def pipeline_rate(source: str, output: str) -> float:
-    """Read -> null detector -> Parquet on two CPUs."""
+def pipeline_rate(
+    source: str, output: str, *, detector: type = NullDetector, weights: str = InferConfig().weights
+) -> float:
+    """Read -> detector -> Parquet on two CPUs, by the arrivals at the detector."""
     log = Path(f"{output}-arrivals")
     log.mkdir()
 
-    class Logging(NullDetector):
+    class Logging(detector):
         def __call__(self, block: pa.Table) -> pa.Table:
             with (log / str(os.getpid())).open("a") as file:
                 print(time.perf_counter(), len(block), file=file)
             return super().__call__(block)
 
-    infer(InferConfig(input=source, output=output, reduced_decode=False), detector=Logging)
+    config = InferConfig(input=source, output=output, weights=weights, reduced_decode=False)
+    infer(config, detector=Logging)
     lines = [line.split() for file in log.iterdir() for line in file.read_text().splitlines()]
     return _steady(sorted((float(moment), int(count)) for moment, count in lines))
 
@@ -137,13 +140,9 @@ def _plain(shards: list[Shard], queue: multiprocessing.Queue) -> None:
 
 def _steady(arrivals: list[tuple[float, int]]) -> float:
     """Images per second from the first quarter of the images to the last; `arrivals` in the order of time."""
-    total = sum(count for _, count in arrivals)
-    before = 0
-    for start, count in arrivals:  # noqa: B007
-        before += count
-        if before >= total / 4:
-            break
-    return (total - before) / (arrivals[-1][0] - start)
+    seen = np.cumsum([count for _, count in arrivals])
+    quarter = int(np.searchsorted(seen, seen[-1] / 4))
+    return float(seen[-1] - seen[quarter]) / (arrivals[-1][0] - arrivals[quarter][0])
 
 
 def main() -> None:
