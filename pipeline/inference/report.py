@@ -33,7 +33,7 @@ class Report:
     """From the start of the pipeline to the last part."""
     images_per_second: float
     steady_images_per_second: float
-    """From the first part on: without the start of Ray and the loading of weights."""
+    """Of the last three quarters of this run's images, so without its start."""
     num_detectors: int
     steady_images_per_second_per_detector: float
     read_s: float

@@ -1,0 +1,33 @@
+"""The sentence that names what limited a run."""
+
+from pipeline.inference.report import limited_by
+from pipeline.runlog import Counts, Progress
+
+
+def run(*, start_s, steady_s, **seconds):
+    """A run of 200 images: `start_s` to the first part, `steady_s` from there to the last."""
+    progress = Progress(done_before=0, done_of_packed=0, num_loose=200, num_packed=0, now=0.0)
+    progress.add(Counts(images=100), now=start_s)
+    progress.add(Counts(images=100, **seconds), now=start_s + steady_s)
+    return progress
+
+
+def test_a_run_with_nothing_to_do_says_so():
+    idle = Progress(done_before=200, done_of_packed=0, num_loose=0, num_packed=0, now=0.0)
+    assert limited_by(idle, busy=0.0) == "Nothing was left to do."
+
+
+def test_a_run_that_mostly_started_names_no_limit():
+    assert "Start-up took most of the time" in limited_by(run(start_s=11.0, steady_s=10.0), busy=1.0)
+
+
+def test_busy_detectors_are_the_limit():
+    sentence = limited_by(run(start_s=5.0, steady_s=10.0, read_s=99.0), busy=0.8)
+    assert sentence == "The detectors were busy 80 % of the time: more of them make it faster."
+
+
+def test_with_waiting_detectors_the_longer_of_reading_and_decoding_is_the_limit():
+    slow_store = limited_by(run(start_s=5.0, steady_s=10.0, read_s=30.0, decode_s=20.0), busy=0.3)
+    assert "reading took 30 s against 20 s of decoding: the store or the network limits" in slow_store
+    slow_decoding = limited_by(run(start_s=5.0, steady_s=10.0, read_s=20.0, decode_s=30.0), busy=0.3)
+    assert slow_decoding == "Detectors were busy only 30 %: decoding limits, more CPU cores make it faster."
