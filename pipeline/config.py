@@ -208,6 +208,9 @@ class TrainConfig:
     """ssd: distort, expand, crop and flip as in the paper; crops: large crops, distort and flip; light:
     distort and flip; none: resize only. auto: ssd, but for MobileNetV2 with trained weights light in runs
     of up to 18 epochs and crops in longer ones, which would learn a small set by heart."""
+    flip: Literal["horizontal", "both", "none"] = "horizontal"
+    """How every second image is mirrored. both: top and bottom, too, for pictures without an up (through a
+    microscope, from the air); none: for those that mean something else in a mirror (text, signs)."""
     difficult: bool = True
     """Learn objects marked as difficult (VOC), as the paper does."""
     empty_images: bool = True

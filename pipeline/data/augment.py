@@ -21,6 +21,7 @@ from PIL import Image
 
 Interpolation = Literal["linear", "area", "nearest", "cubic", "lanczos"]
 INTERPOLATIONS: tuple[Interpolation, ...] = get_args(Interpolation)
+Flip = Literal["horizontal", "both", "none"]
 
 # The smallest IoU that some object must have with the crop. None keeps the whole image; 0.0 takes any patch
 # of an image that has objects (Caffe states it as "IoU of at most 1").
@@ -95,6 +96,7 @@ def augment(
     height: int,
     width: int,
     fill: tuple[int, int, int] = IMAGENET_MEAN,
+    flips: Flip = "horizontal",
 ) -> Sample:
     """Augment one training image for SSD.
 
@@ -106,6 +108,7 @@ def augment(
         height: rows of the result.
         width: columns of the result.
         fill: RGB of the canvas around an expanded image: the mean that the network subtracts.
+        flips: as in `flip`.
 
     Returns:
         Pixels uint8 [height, width, 3]; boxes float32 in pixels of the result, inside it; their labels.
@@ -114,7 +117,7 @@ def augment(
     sample = expand(sample, rng)
     sample = crop(sample, rng)
     sample = resize(sample, rng, height=height, width=width, fill=fill)
-    return flip(sample, rng)
+    return flip(sample, rng, flips=flips)
 
 
 def augment_lightly(
@@ -124,6 +127,7 @@ def augment_lightly(
     height: int,
     width: int,
     crops: bool,
+    flips: Flip = "horizontal",
 ) -> Sample:
     """Augment less, for a detector that is trained already: no expansion, and large crops if any.
 
@@ -133,7 +137,7 @@ def augment_lightly(
     if crops:
         sample = crop(sample, rng, min_scale=LARGE_SCALE)
     sample = resize(sample, rng, height=height, width=width)
-    return flip(recolour(distort(sample, rng)), rng)
+    return flip(recolour(distort(sample, rng)), rng, flips=flips)
 
 
 def distort(sample: Sample, rng: np.random.Generator) -> Sample:
@@ -228,14 +232,21 @@ def resize(
     return whole_image(pixels, boxes[has_area], sample.labels[has_area])
 
 
-def flip(sample: Sample, rng: np.random.Generator) -> Sample:
-    """Mirror left and right with probability 0.5."""
-    if rng.random() >= 0.5:
-        return sample
-    width = sample.pixels.shape[1]
-    left, top, right, bottom = sample.boxes.T
-    boxes = np.stack([width - right, top, width - left, bottom], axis=1)
-    return replace(sample, pixels=np.ascontiguousarray(sample.pixels[:, ::-1]), boxes=boxes)
+def flip(sample: Sample, rng: np.random.Generator, *, flips: Flip = "horizontal") -> Sample:
+    """Mirror left and right with probability 0.5; with "both" top and bottom, too, independently."""
+    if flips != "none" and rng.random() < 0.5:
+        sample = _mirrored(sample, axis=1)
+    if flips == "both" and rng.random() < 0.5:
+        sample = _mirrored(sample, axis=0)
+    return sample
+
+
+def _mirrored(sample: Sample, *, axis: Literal[0, 1]) -> Sample:
+    """Along the rows (0) or the columns (1) of the pixels."""
+    low, high = (0, 2) if axis == 1 else (1, 3)
+    boxes = sample.boxes.copy()
+    boxes[:, [low, high]] = sample.pixels.shape[axis] - sample.boxes[:, [high, low]]
+    return replace(sample, pixels=np.ascontiguousarray(np.flip(sample.pixels, axis)), boxes=boxes)
 
 
 def _random_patches(

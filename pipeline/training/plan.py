@@ -202,6 +202,7 @@ def sample_settings(config: TrainConfig, spec: ModelSpec, *, num_epochs: int) ->
         resize_rule=spec.resize_rule,
         fill=(red, green, blue),
         augmentation=augmentation,
+        flip=config.flip,
         train_difficult=config.difficult,
         seed=config.seed,
     )
@@ -267,6 +268,8 @@ class Plan:
         rates = ", ".join(
             f"{p:.0%} {learning_rate(p, make_recipe(config, device='cpu')):.2g}" for p in _MARKS
         )
+        augmentation = self.samples.augmentation
+        flips = f", flip {config.flip}" if augmentation != "none" else ""
         width = max(len(name) for name in self.objects)
         return "\n".join(
             [
@@ -281,8 +284,7 @@ class Plan:
                 ),
                 f"{self.num_steps:,} steps of {config.batch_size} images = {self.num_epochs:,} epochs"
                 f"{budget}; {config.workers} workers, {config.validations} validations",
-                f"{config.optimizer}, augmentation {self.samples.augmentation}; "
-                f"learning rate by progress: {rates}",
+                f"{config.optimizer}, augmentation {augmentation}{flips}; learning rate by progress: {rates}",
             ]
         )
 

@@ -14,7 +14,7 @@ import pyarrow as pa
 
 from pipeline import storage
 from pipeline.data.annotations import Annotation
-from pipeline.data.augment import Sample, augment, augment_lightly, sample_rng, whole_image
+from pipeline.data.augment import Flip, Sample, augment, augment_lightly, sample_rng, whole_image
 from pipeline.data.images import ResizeRule, decode_image, resize_image
 from pipeline.errors import ImageError
 from pipeline.training.index import annotation
@@ -46,6 +46,7 @@ class SampleSettings:
         fill: RGB around an image that `expand` makes smaller.
         augmentation: "ssd" is that of the paper, "crops" distorts, crops to large parts and flips, "light"
             only distorts and flips, "none" only resizes.
+        flip: which ways images are mirrored; with "none" of `augmentation` they aren't.
         train_difficult: whether difficult objects are learnt.
         seed: of the run.
     """
@@ -55,6 +56,7 @@ class SampleSettings:
     resize_rule: ResizeRule
     fill: tuple[int, int, int]
     augmentation: Augmentation
+    flip: Flip
     train_difficult: bool
     seed: int
 
@@ -192,10 +194,10 @@ def with_area(sample: Sample) -> Sample:
 def _augment(sample: Sample, settings: SampleSettings, rng: np.random.Generator) -> Sample:
     size = {"height": settings.height, "width": settings.width}
     if settings.augmentation == "ssd":
-        return augment(sample, rng, **size, fill=settings.fill)
+        return augment(sample, rng, **size, fill=settings.fill, flips=settings.flip)
     if settings.augmentation in ("crops", "light"):
         crops = settings.augmentation == "crops"
-        return augment_lightly(sample, rng, **size, crops=crops)
+        return augment_lightly(sample, rng, **size, crops=crops, flips=settings.flip)
     pixels = resize_image(sample.pixels, **size, rule=settings.resize_rule)
     shape = sample.pixels.shape
     factors = np.array([settings.width / shape[1], settings.height / shape[0]] * 2, np.float32)

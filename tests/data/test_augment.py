@@ -306,6 +306,26 @@ def test_boxes_still_frame_their_object_after_all_steps():
     assert num_seen > 40
 
 
+@pytest.mark.parametrize(
+    ("flips", "expected"), [("none", {(0, 0)}), ("horizontal", {(0, 0), (1, 0)}), ("both", None)]
+)
+def test_images_are_mirrored_in_the_ways_asked_for_and_in_each_half_of_the_time(flips, expected):
+    sample, rng = make_sample([(10, 20, 60, 50)], width=120, height=80), np.random.default_rng(0)
+    seen = Counter()
+    for _ in range(1000):
+        flipped = augment.flip(sample, rng, flips=flips)
+        left, top, right, bottom = flipped.boxes[0]
+        seen[int(left == 60), int(top == 30)] += 1
+        assert (right - left, bottom - top) == (50, 30)
+        shown = flipped.pixels[int(top) : int(bottom), int(left) : int(right)]
+        turned = shown[:: -1 if top == 30 else 1, :: -1 if left == 60 else 1]
+        np.testing.assert_array_equal(turned, sample.pixels[20:50, 10:60])
+
+    assert set(seen) == (expected or {(0, 0), (0, 1), (1, 0), (1, 1)})
+    for count in seen.values():
+        assert binomtest(count, 1000, 1 / len(seen)).pvalue > 1e-3
+
+
 def test_flipping_twice_is_the_same_image():
     sample = make_sample()
     rng = np.random.default_rng(0)

@@ -92,6 +92,7 @@ def settings(augmentation="none", **changes) -> SampleSettings:
         "resize_rule": "tf_legacy",
         "fill": (128, 128, 128),
         "augmentation": augmentation,
+        "flip": "horizontal",
         "train_difficult": True,
         "seed": 0,
     }

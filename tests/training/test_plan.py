@@ -153,7 +153,7 @@ def test_the_plan_tells_images_boxes_steps_and_rates(sets):
     for part in ("6 images to learn from (2 without", "15 steps of 4 images = 10 epochs, at most 5 minutes"):
         assert part in text
     assert "10% 0.0005" in text
-    assert "adamw, augmentation light;" in text
+    assert "adamw, augmentation light, flip horizontal;" in text
     assert "5 of 19 backbone stages frozen" in text
 
 

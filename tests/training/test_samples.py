@@ -52,6 +52,20 @@ def test_augmentation_depends_on_seed_and_epoch_alone(tmp_path, augmentation):
         assert not np.array_equal(first.images_NHW3, other.images_NHW3)
 
 
+@pytest.mark.parametrize(
+    ("flip", "ways"), [("none", {(0, 0)}), ("horizontal", {(0, 0), (1, 0)}), ("both", None)]
+)
+def test_the_flag_says_which_ways_samples_are_mirrored(tmp_path, flip, ways):
+    index, _ = read_set(make_set(tmp_path, 1))
+    plain = load_batch(picked(0), index, settings()).boxes[0]
+    seen = set()
+    for epoch in range(30):
+        boxes = load_batch(picked(0, epoch=epoch), index, settings("light", flip=flip)).boxes[0]
+        across, down = (SIDE - plain[:, [2, 0]], SIDE - plain[:, [3, 1]])
+        seen.add((int(np.allclose(boxes[:, ::2], across)), int(np.allclose(boxes[:, 1::2], down))))
+    assert seen == (ways or {(0, 0), (0, 1), (1, 0), (1, 1)})
+
+
 def test_a_damaged_image_is_named_and_another_stands_in(tmp_path):
     index, _ = read_set(make_set(tmp_path, 4))
     batch = load_batch(picked(0, 1, 2), damaged(index, 1), settings())
