@@ -18,7 +18,7 @@ import pyarrow.parquet as pq
 from pipeline import schema, storage
 from pipeline.errors import StorageError
 from pipeline.inference.lock import LockRef
-from pipeline.results.parts import Part, part_names, read_parts
+from pipeline.results.parts import Part, part_names, read_parts, reading
 
 # A compacted part: about 60 MB of boxes. A million images at 7 boxes each make four.
 COMPACT_IMAGES = 250_000
@@ -127,9 +127,12 @@ def _sorted_unique(arrays: list[np.ndarray]) -> tuple[np.ndarray, int]:
 def _columns(output: str, parts: Iterable[Part], columns: list[str]) -> Iterator[pa.Table]:
     filesystem, root = storage.arrow_filesystem(output)
     for part in parts:
-        file = pq.ParquetFile(f"{root}/images/{part.name}", filesystem=filesystem)
+        with reading(f"{output}/images/{part.name}"):
+            file = pq.ParquetFile(f"{root}/images/{part.name}", filesystem=filesystem)
         for group in range(file.num_row_groups):
-            yield file.read_row_group(group, columns=columns, use_threads=False)
+            with reading(f"{output}/images/{part.name}"):
+                table = file.read_row_group(group, columns=columns, use_threads=False)
+            yield table
 
 
 # ---- upkeep ------------------------------------------------------------------------------------------
@@ -169,9 +172,12 @@ def without_repeats(output: str, parts: Sequence[Part]) -> list[Part]:
     order = np.lexsort((ranks, rounds, all_keys))
     same = (np.diff(all_keys[order]) == 0) & (np.diff(rounds[order]) == 0)
     repeats = {newest_first[number].name for number in np.unique(ranks[order][1:][same])}
+    kept = [part for part in parts if part.name not in repeats]
+    boxes = {part.detections for part in parts if part.name in repeats}
     _delete(output, "images", repeats)
-    _delete(output, "detections", {part.detections for part in parts if part.name in repeats})
-    return [part for part in parts if part.name not in repeats]
+    # A part that somebody copied under another name has its boxes in the original's file.
+    _delete(output, "detections", boxes - {part.detections for part in kept})
+    return kept
 
 
 def remove_late(output: str, known: Sequence[Part], run: str, *, lock: LockRef, over: bool) -> list[Part]:
@@ -228,7 +234,7 @@ def detections_name(name: str) -> str:
 
 
 def to_parquet(table: pa.Table, metadata: dict[bytes, bytes]) -> bytes:
-    """A Parquet file of `table` in memory: zstd, dictionaries, statistics, page index."""
+    """A Parquet file of `table` in memory: zstd, dictionaries, statistics, page index, checksums."""
     buffer = io.BytesIO()
     pq.write_table(
         table.replace_schema_metadata(metadata),
@@ -237,6 +243,7 @@ def to_parquet(table: pa.Table, metadata: dict[bytes, bytes]) -> bytes:
         compression_level=1,
         write_statistics=True,
         write_page_index=True,
+        write_page_checksum=True,
         row_group_size=262_144,
         store_schema=True,
     )

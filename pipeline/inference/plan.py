@@ -17,7 +17,7 @@ import pyarrow.parquet as pq
 from pipeline import schema, storage
 from pipeline.config import InferConfig
 from pipeline.data.shards import Shard
-from pipeline.errors import ConfigError
+from pipeline.errors import ConfigError, StorageError
 from pipeline.inference.blocks import ReadSettings, Work
 from pipeline.inference.ledger import Ledger, read_ledger, sweep, without_repeats
 from pipeline.model import checkpoint
@@ -176,7 +176,10 @@ def check_output(config: InferConfig, fingerprint: dict[str, object]) -> None:
                 f"--output {config.output} holds other files (such as {min(foreign)!r}); take an empty folder"
             )
         return
-    before = json.loads(storage.read_bytes(record))["fingerprint"]
+    try:
+        before = json.loads(storage.read_bytes(record))["fingerprint"]
+    except (ValueError, TypeError, KeyError) as error:
+        raise ConfigError(f"{record} is damaged ({error}): give another --output, or --overwrite") from error
     if before != json.loads(json.dumps(fingerprint)):
         raise ConfigError(
             f"--output {config.output} was made with other settings: "
@@ -259,11 +262,7 @@ def _remaining(shard: Shard, ledger: Ledger, *, retry_failed: bool, anew: bool) 
 
 def changed_shards(config: InferConfig, shards: Iterable[Shard], ledger: Ledger) -> set[str]:
     """Shards with rows in the output whose size or etag is another one now."""
-    record = storage.join(config.output, "_run", "shards.parquet")
-    if not storage.exists(record):
-        return set()
-    table = pq.read_table(io.BytesIO(storage.read_bytes(record)), columns=["name", "num_bytes", "etag"])
-    before = {row["name"]: (row["num_bytes"], row["etag"]) for row in table.to_pylist()}
+    before = recorded_shards(config.output)
     changed = {
         shard.name
         for shard in shards
@@ -276,6 +275,25 @@ def changed_shards(config: InferConfig, shards: Iterable[Shard], ledger: Ledger)
             "--redo-changed runs them again, --overwrite starts anew"
         )
     return changed
+
+
+def recorded_shards(output: str) -> dict[str, tuple[int, str]]:
+    """Size and etag of the shards by name when they were run; empty before the first run.
+
+    Raises:
+        StorageError: the record is damaged.
+    """
+    record = storage.join(output, "_run", "shards.parquet")
+    if not storage.exists(record):
+        return {}
+    columns = ["name", "num_bytes", "etag"]
+    try:
+        rows = pq.read_table(io.BytesIO(storage.read_bytes(record)), columns=columns).to_pylist()
+    except (pa.ArrowException, OSError) as error:
+        raise StorageError(
+            f"{record} is damaged ({error}). Delete this file, if no shard has changed since it was run"
+        ) from error
+    return {row["name"]: (row["num_bytes"], row["etag"]) for row in rows}
 
 
 def _limited(work: list[Work], limit: int) -> list[Work]:

@@ -8,14 +8,16 @@ and the older parts whose rows it took over. So one listing and the footers tell
 """
 
 import json
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass
 
+import pyarrow as pa
 import pyarrow.parquet as pq
 
 from pipeline import schema, storage
-from pipeline.errors import ConfigError
+from pipeline.errors import ConfigError, StorageError
 
 FOOTER_THREADS = 16  # a small request each: latency counts, not the processor
 
@@ -36,17 +38,37 @@ class Part:
 
 
 def read_parts(output: str, names: Iterable[str] | None = None) -> list[Part]:
-    """The parts of `output` that count, sorted by name. Raises: ConfigError for another schema version."""
+    """The parts of `output` that count, sorted by name.
+
+    Raises:
+        ConfigError: another schema version.
+        StorageError: a part is damaged.
+    """
     if names is None:
         names = part_names(output, "images")
     filesystem, root = storage.arrow_filesystem(output)
 
     def read(name: str) -> Part:
-        footer = pq.read_metadata(f"{root}/images/{name}", filesystem=filesystem)
+        with reading(f"{output}/images/{name}"):
+            footer = pq.read_metadata(f"{root}/images/{name}", filesystem=filesystem)
         return describe(f"{output}/images/{name}", name, footer.metadata or {}, footer.num_rows)
 
     with ThreadPoolExecutor(FOOTER_THREADS) as pool:
         return counting(pool.map(read, sorted(names)))
+
+
+@contextmanager
+def reading(uri: str) -> Iterator[None]:
+    """Turns what pyarrow raises of a damaged images part into a `StorageError` that says what to do."""
+    try:
+        yield
+    except FileNotFoundError:
+        raise
+    except (pa.ArrowException, OSError) as error:
+        raise StorageError(
+            f"{uri} can't be read ({error}). If it is damaged, delete this file: "
+            "the same command of jobs/infer.py then runs its images again"
+        ) from error
 
 
 def part_names(output: str, table: str) -> set[str]:
