@@ -71,7 +71,8 @@ def export_yolo(
 
     Args:
         output: output folder of `jobs/infer.py`.
-        folder: where to write `<image_id without its ending>.txt`, in the folders of the image ids.
+        folder: where to write `<image_id without its ending>.txt`, in the folders of the image ids; ids that
+            are absolute paths, lead upwards or are URIs get folders below it, too (see `_label_file`).
         min_score: leave out detections below it.
         with_scores: add the score to each line, as Ultralytics' `save_conf`; some readers refuse it.
 
@@ -84,9 +85,7 @@ def export_yolo(
     names = _class_names(output)
     numbers = {name: i for i, name in enumerate(names)}
     images = load_images(output, status="ok", columns=["image_id"])["image_id"].tolist()
-    files = {image_id: posixpath.splitext(image_id)[0] + ".txt" for image_id in images}
-    if len(set(files.values())) < len(files):
-        raise ConfigError(f"{output}: images that differ only in their ending would share a label file")
+    files = _label_files(output, images)
 
     def write(item: tuple[str, str]) -> None:
         storage.write_atomic(storage.join(str(folder), files[item[0]]), item[1].encode())
@@ -138,6 +137,27 @@ def _coco_numbers(image_ids: list[str]) -> dict[str, int]:
 def _class_names(output: str | Path) -> list[str]:
     summary = summarise(output)
     return list(summary.model.get("class_names") or sorted(summary.classes["class_name"].tolist()))
+
+
+def _label_files(output: str | Path, image_ids: list[str]) -> dict[str, str]:
+    """The label file of each image, relative to the folder of labels."""
+    owners: dict[str, str] = {}
+    for image_id in image_ids:
+        file = _label_file(image_id)
+        if owners.setdefault(file, image_id) != image_id:
+            raise ConfigError(f"{output}: {owners[file]} and {image_id} would share a label file, {file}")
+    return {image_id: file for file, image_id in owners.items()}
+
+
+def _label_file(image_id: str) -> str:
+    """A relative path that stays in its folder, whatever the id.
+
+    `/a/b.jpg` is `a/b.txt`, `s3://a/b.jpg` is `s3/a/b.txt`, `../b.jpg` is `_/b.txt`. `::` would chain two
+    file systems, so it becomes `__`.
+    """
+    parts = image_id.replace("://", "/").replace("::", "__").split("/")
+    path = "/".join("_" if part == ".." else part for part in parts if part not in ("", "."))
+    return posixpath.splitext(path)[0] + ".txt"
 
 
 def _yolo_lines(rows: pd.DataFrame, numbers: Mapping[str, int], with_scores: bool) -> str:

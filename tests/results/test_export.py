@@ -76,6 +76,36 @@ def test_images_that_would_share_a_label_file_are_refused(tmp_path):
         export_yolo(tmp_path / "out", tmp_path / "labels")
 
 
+def test_label_files_stay_in_their_folder_whatever_the_image_ids(tmp_path):
+    """Ids of a list are its lines as written, members of a tar are named by whoever packed it."""
+    photographs = tmp_path / "in"
+    ids = {
+        f"{photographs}/a.jpg": f"{photographs}/a.txt"[1:],
+        f"{photographs}/s0.tar/000.jpg": f"{photographs}/s0.tar/000.txt"[1:],
+        "s3://bucket/b.jpg": "s3/bucket/b.txt",
+        f"file://{photographs}/c.jpg": f"file{photographs}/c.txt",
+        "../in/d.jpg": "_/in/d.txt",
+        "s.tar/../../in/../e.jpg": "s.tar/_/_/in/_/e.txt",
+        f"s.tar/x::file://{photographs}/f.jpg": f"s.tar/x__file{photographs}/f.txt",
+        "./g/..": "g/_.txt",
+        "s.parquet//": "s.txt",
+        "~/h.jpg": "~/h.txt",
+    }
+    write_part(tmp_path / "out", "p", [image(id_) for id_ in ids], [box(id_) for id_ in ids])
+    before = set(tmp_path.rglob("*"))
+    assert export_yolo(tmp_path / "out", tmp_path / "labels") == len(ids)
+    labels = tmp_path / "labels"
+    assert {str(p.relative_to(labels)) for p in labels.rglob("*.txt")} == set(ids.values())
+    assert {p for p in tmp_path.rglob("*") if labels not in p.parents} == before | {labels}
+
+
+def test_ids_that_become_one_path_are_refused_by_name(tmp_path):
+    write_part(tmp_path / "out", "p", [image("/in/a.jpg"), image("in/a.jpg")], [])
+    with pytest.raises(ConfigError, match=r"/in/a\.jpg and in/a\.jpg would share a label file, in/a\.txt"):
+        export_yolo(tmp_path / "out", tmp_path / "labels")
+    assert not (tmp_path / "labels").exists()
+
+
 def test_supervision_draws_and_filters_our_detections(output):
     supervision = pytest.importorskip("supervision")
     found = to_supervision(load_detections(output))
