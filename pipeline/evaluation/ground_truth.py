@@ -1,7 +1,10 @@
 """Read annotations: a COCO instances file, a PASCAL VOC folder, or annotated shards."""
 
 import json
+import math
 import posixpath
+from collections import Counter
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -10,6 +13,7 @@ import numpy as np
 from pipeline import storage
 from pipeline.data.annotations import CLASSES_FILE, parse_annotation, read_classes
 from pipeline.data.shards import list_shards, read_shard
+from pipeline.data.sources import four_numbers
 from pipeline.data.voc import read_voc
 from pipeline.errors import ConfigError, ImageError
 from pipeline.evaluation.boxsets import GroundTruth
@@ -74,25 +78,60 @@ def _ground_truth(
 def _from_coco(uri: str) -> GroundTruth:
     try:
         data = json.loads(storage.read_bytes(uri))
-        images = sorted(data["images"], key=lambda image: image["id"])
-        index = {image["id"]: i for i, image in enumerate(images)}
-        rows = [_coco_row(box, index[box["image_id"]]) for box in data["annotations"] if "bbox" in box]
+        images = sorted(_entries(data, "images", ("id", "file_name"), uri), key=lambda image: image["id"])
+        categories = _entries(data, "categories", ("id", "name"), uri)
+        boxes = _entries(data, "annotations", ("image_id", "category_id", "bbox"), uri)
+        ids, names = [image["id"] for image in images], [str(image["file_name"]) for image in images]
+        _refuse_repeated(ids, uri)
+        _refuse_repeated(names, uri)
+        class_names = {int(category["id"]): str(category["name"]) for category in categories}
+        index = {image_id: i for i, image_id in enumerate(ids)}
         return _ground_truth(
-            [image["file_name"] for image in images],
-            {category["id"]: category["name"] for category in data["categories"]},
-            rows,
-            [image["id"] for image in images],
+            names, class_names, [_coco_row(box, index, class_names, uri) for box in boxes], ids
         )
+    except ConfigError:
+        raise
     except (KeyError, TypeError, ValueError) as error:
         raise ConfigError(f"{uri} is no COCO instances file: {type(error).__name__} {error}") from error
 
 
-def _coco_row(box: dict[str, Any], image: int) -> _Row:
-    x, y, w, h = box["bbox"]
-    area = box.get("area", w * h)
-    return _Row(
-        image, box["category_id"], (x, y, w, h), area, bool(box.get("iscrowd")), bool(box.get("difficult"))
-    )
+def _entries(data: dict[str, Any], kind: str, keys: Sequence[str], uri: str) -> list[dict[str, Any]]:
+    """One list of the file, whose entries all have these keys."""
+    for n, entry in enumerate(data[kind]):
+        if missing := [key for key in keys if key not in entry]:
+            which = f"{kind}[{n}] (id {entry['id']})" if "id" in entry else f"{kind}[{n}]"
+            raise ConfigError(f"{uri} is no COCO instances file: {which} has no {missing[0]}")
+    return data[kind]
+
+
+def _refuse_repeated(images: Sequence[object], uri: str) -> None:
+    for image, count in Counter(images).most_common(1):
+        if count > 1:
+            raise ConfigError(f"{uri} lists image {image} {count} times; each image may be listed once")
+
+
+def _coco_row(
+    box: dict[str, Any], index: Mapping[object, int], class_names: Mapping[int, str], uri: str
+) -> _Row:
+    """An annotation, checked.
+
+    Boxes without area or outside their image count as annotated, as in pycocotools, so that numbers are those
+    of others: public files have them (annotations 918 and 2206849 of COCO's train2017 have no height), and
+    mmdetection (datasets/coco.py) trains without them, but measures with them.
+    """
+    label, xywh, area = box["category_id"], four_numbers(box["bbox"]), box.get("area")
+    where = f"{uri} annotation {box.get('id', '?')} of image {box['image_id']}"
+    if box["image_id"] not in index:
+        raise ConfigError(f"{where}: that image is not in the file's list of images")
+    if label not in class_names:
+        raise ConfigError(f"{where} is of the unknown category {label!r}")
+    if xywh is None:
+        raise ConfigError(f"{where} ({class_names[label]}, bbox {box['bbox']}) is not four numbers")
+    area = xywh[2] * xywh[3] if area is None else float(area)
+    if not math.isfinite(area):
+        raise ConfigError(f"{where} ({class_names[label]}, area {area}) is not finite")
+    crowd, difficult = bool(box.get("iscrowd")), bool(box.get("difficult"))
+    return _Row(index[box["image_id"]], label, xywh, area, crowd, difficult)
 
 
 # ---- VOC ---------------------------------------------------------------------------------------------

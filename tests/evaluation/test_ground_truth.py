@@ -1,4 +1,5 @@
 import json
+import re
 
 import numpy as np
 import pytest
@@ -119,6 +120,64 @@ def test_a_coco_file_keeps_mask_areas_and_its_own_ids(tmp_path):
     assert annotated.image_index.tolist() == [1, 0]
     assert annotated.areas.tolist() == [7.5, 12]
     assert annotated.crowd.tolist() == [True, False]
+
+
+BOX = {"id": 17, "image_id": 9, "category_id": 18, "bbox": [1, 2, 3, 4]}
+
+
+def write_coco(path, *boxes, images=({"id": 9, "file_name": "b.jpg"},)):
+    data = {"images": images, "categories": [{"id": 18, "name": "dog"}], "annotations": boxes}
+    path.write_text(json.dumps(data))
+    return str(path)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"image_id": 999999}, "annotation 17 of image 999999: that image is not in the file's list"),
+        ({"category_id": 99}, "annotation 17 of image 9 is of the unknown category 99"),
+        ({"category_id": "18"}, "annotation 17 of image 9 is of the unknown category '18'"),
+        ({"bbox": [1, 2, 3, float("nan")]}, "(dog, bbox [1, 2, 3, nan]) is not four numbers"),
+        ({"bbox": [1, 2, float("inf"), 4]}, "annotation 17 of image 9 (dog, bbox [1, 2, inf, 4])"),
+        ({"bbox": [1, 2, 3]}, "(dog, bbox [1, 2, 3]) is not four numbers"),
+        ({"bbox": []}, "(dog, bbox []) is not four numbers"),
+        ({"bbox": None}, "(dog, bbox None) is not four numbers"),
+        ({"area": float("nan")}, "annotation 17 of image 9 (dog, area nan) is not finite"),
+    ],
+)
+def test_a_wrong_coco_annotation_is_refused_by_its_id_and_value(tmp_path, change, message):
+    uri = write_coco(tmp_path / "a.json", BOX | {"id": 16}, BOX | change)
+    with pytest.raises(ConfigError, match=re.escape(message)):
+        read_ground_truth(uri)
+
+
+@pytest.mark.parametrize("key", ["image_id", "category_id", "bbox"])
+def test_a_coco_annotation_that_lacks_something_is_refused_by_its_place(tmp_path, key):
+    box = {name: value for name, value in BOX.items() if name != key}
+    uri = write_coco(tmp_path / "a.json", BOX, box)
+    with pytest.raises(ConfigError, match=rf"annotations\[1\] \(id 17\) has no {key}$"):
+        read_ground_truth(uri)
+    del box["id"]
+    with pytest.raises(ConfigError, match=rf"annotations\[1\] has no {key}$"):
+        read_ground_truth(write_coco(tmp_path / "a.json", BOX, box))
+
+
+@pytest.mark.parametrize("second", [{"id": 9, "file_name": "c.jpg"}, {"id": 5, "file_name": "b.jpg"}])
+def test_an_image_listed_twice_is_refused(tmp_path, second):
+    uri = write_coco(tmp_path / "a.json", BOX, images=[{"id": 9, "file_name": "b.jpg"}, second])
+    with pytest.raises(ConfigError, match=r"lists image (9|b\.jpg) 2 times; each image may be listed once"):
+        read_ground_truth(uri)
+
+
+def test_coco_boxes_without_area_or_outside_their_image_count_as_in_pycocotools(tmp_path):
+    """COCO's own train2017 has boxes without height; an area of null is that of the box."""
+    image = {"id": 9, "file_name": "b.jpg", "width": 10, "height": 10}
+    boxes = [[1, 2, 3, 0], [50, 2, 3, 4], [-9, -9, 2, 2]]
+    uri = write_coco(
+        tmp_path / "a.json", *[BOX | {"bbox": box, "area": None} for box in boxes], images=[image]
+    )
+    assert read_ground_truth(uri).boxes_xywh.tolist() == boxes
+    assert read_ground_truth(uri).areas.tolist() == [0, 12, 4]
 
 
 def test_perfect_detections_of_a_real_voc_set_give_a_map_of_one(shared_data):
