@@ -28,20 +28,27 @@ def read_ground_truth(uri: str, *, split: str = "") -> GroundTruth:
         split: VOC: only the images that `ImageSets/Main/<split>.txt` lists.
 
     Raises:
-        ConfigError: nothing there, not of one of these forms, or damaged.
+        ConfigError: nothing there, not of one of these forms, damaged, or a split of something else than VOC.
     """
     if uri.endswith(".json"):
+        _refuse_split(split, uri, "a COCO file")
         return _from_coco(uri)
     root = posixpath.dirname(uri.rstrip("/")) if uri.rstrip("/").endswith("/Annotations") else uri
     names = storage.list_names(root)
     if "JPEGImages" in names:
         return _from_voc(root, split)
     if CLASSES_FILE in names:
+        _refuse_split(split, uri, "a folder of shards")
         return _from_shards(uri)
     raise ConfigError(
         f"--annotations {uri} is no COCO .json, no VOC folder (with JPEGImages/) "
         f"and no annotated shards (with {CLASSES_FILE})"
     )
+
+
+def _refuse_split(split: str, uri: str, what: str) -> None:
+    if split:
+        raise ConfigError(f"--split {split} is for VOC folders, and --annotations {uri} is {what}")
 
 
 @dataclass(frozen=True)

@@ -169,6 +169,16 @@ def test_an_image_listed_twice_is_refused(tmp_path, second):
         read_ground_truth(uri)
 
 
+def test_a_split_of_something_else_than_voc_is_refused(tmp_path):
+    """It would be ignored, and the numbers be those of all images."""
+    uri = write_coco(tmp_path / "a.json", BOX)
+    with pytest.raises(ConfigError, match=r"^--split test is for VOC folders, .*a\.json is a COCO file"):
+        read_ground_truth(uri, split="test")
+    (tmp_path / "classes.json").write_bytes(Classes((1,), ("person",)).to_json())
+    with pytest.raises(ConfigError, match=r"^--split test is for VOC folders, .* is a folder of shards"):
+        read_ground_truth(str(tmp_path), split="test")
+
+
 def test_coco_boxes_without_area_or_outside_their_image_count_as_in_pycocotools(tmp_path):
     """COCO's own train2017 has boxes without height; an area of null is that of the box."""
     image = {"id": 9, "file_name": "b.jpg", "width": 10, "height": 10}
