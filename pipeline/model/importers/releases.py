@@ -2,6 +2,7 @@
 
 import io
 import pickle
+import re
 import struct
 from collections.abc import Callable
 from typing import Any
@@ -98,11 +99,22 @@ def _read_tensors(data: bytes) -> dict[str, Tensor]:
         *(pickle.UnpicklingError, safetensors.SafetensorError, struct.error, RuntimeError, EOFError, OSError),
         *(ValueError, TypeError, LookupError, AttributeError, AssertionError, OverflowError),
     ) as error:  # damaged bytes lead the unpickler anywhere
-        raise CheckpointError(
-            f"neither safetensors nor a caffemodel nor a readable pickle of tensors; damaged? ({error})"
-        ) from error
+        # Without torch's text: it advises to switch its protection off.
+        raise CheckpointError(_unreadable(error)) from None
     if isinstance(contents, dict):
         contents = next((contents[key] for key in _STATE_DICT_KEYS if key in contents), contents)
     if not isinstance(contents, dict):
         raise CheckpointError(f"holds a {type(contents).__name__}, not tensors by name")
     return {str(name): tensor for name, tensor in contents.items() if isinstance(tensor, Tensor)}
+
+
+def _unreadable(error: Exception) -> str:
+    if found := re.search(r"Unsupported global: GLOBAL (\S+)", str(error)):
+        return (
+            f"a pickle that holds more than tensors, such as {found[1]}; save the model's state_dict() alone"
+        )
+    why = f" ({error})" if isinstance(error, safetensors.SafetensorError) else ""
+    return (
+        "neither safetensors nor a pickle of tensors (.pth, .pt) nor a .caffemodel: damaged, or a file of "
+        f"another kind{why}"
+    )

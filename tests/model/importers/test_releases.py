@@ -1,4 +1,5 @@
 import pickle
+import traceback
 
 import pytest
 import safetensors.torch
@@ -58,6 +59,36 @@ def test_unknown_names_are_refused_with_what_is_known():
         CheckpointError, match=r"'backbone.stem.weight'\); known are .*ssd.pytorch.*caffemodel"
     ):
         import_release(originals.saved(contents), "x")
+
+
+@pytest.mark.filterwarnings("ignore:Detected pickle protocol")
+@pytest.mark.parametrize(
+    "data",
+    [
+        b"person\nbicycle\ncar\n",
+        b"Photographs of dogs\n" * 9,
+        b"\x89PNG\r\n\x1a\n" + bytes(90),
+        originals.saved({"a": torch.ones(9)})[:300],
+        pickle.dumps({"a": 1}, protocol=4),
+    ],
+)
+def test_a_file_of_another_kind_is_one_line_with_the_formats_and_no_advice_of_torch(data):
+    with pytest.raises(CheckpointError) as refused:
+        import_release(data, "classes.txt")
+    assert str(refused.value) == (
+        "classes.txt: neither safetensors nor a pickle of tensors (.pth, .pt) nor a .caffemodel: damaged, or "
+        "a file of another kind"
+    )
+    assert "Re-running" not in "".join(traceback.format_exception(refused.value))
+
+
+def test_a_pickle_of_a_whole_model_is_refused_with_the_name_of_what_it_holds():
+    with pytest.raises(CheckpointError) as refused:
+        import_release(originals.saved({"model": torch.nn.Linear(2, 2)}), "x.pth")
+    assert str(refused.value) == (
+        "x.pth: a pickle that holds more than tensors, such as torch.nn.modules.linear.Linear; "
+        "save the model's state_dict() alone"
+    )
 
 
 @pytest.mark.filterwarnings("ignore:Detected pickle protocol")
