@@ -21,16 +21,24 @@ def run_job(main: Callable[[Config], int], config: type[Config], description: st
     """Parse the command line into `config` and run `main` with it.
 
     Returns:
-        The exit code: what `main` returns, or 2 where flags or input are refused (one line, no traceback).
+        The exit code: what `main` returns, 2 where flags or input are refused (one line, no traceback), 130
+        or 143 where Ctrl-C or SIGTERM stopped it.
     """
     import tyro  # only jobs need it
 
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))  # parts are atomic: just stop
+    stopped_by = signal.SIGINT
+
+    def stop(number: int, _frame: object) -> None:
+        nonlocal stopped_by
+        stopped_by = signal.Signals(number)
+        raise KeyboardInterrupt  # Ray makes exit code 1 of a SystemExit; parts are atomic: just stop
+
+    signal.signal(signal.SIGTERM, stop)
     try:
         return main(tyro.cli(config, description=description))
     except KeyboardInterrupt:
         print("stopped; the same command goes on from here", file=sys.stderr)
-        return 128 + signal.SIGINT
+        return 128 + stopped_by
     except PipelineError as error:
         print(f"error: {error}", file=sys.stderr)
         return REFUSED
@@ -79,7 +87,8 @@ class InferConfig:
     max_failed_fraction: float = 0.10
     """Error budget: a larger share of failed images ends the run with exit code 3."""
     retry_failed: bool = False
-    """Run only the images that failed before; their rows are replaced."""
+    """Run only the images that failed before; their rows are replaced. After repairs in a shard give
+    --redo-changed, too."""
     redo_changed: bool = False
     """Run shards again whose size or etag changed since they were finished (refused otherwise)."""
     overwrite: bool = False
@@ -100,6 +109,13 @@ class InferConfig:
         )
         for name in ("min_detectors", "max_detectors", "limit"):
             _check(getattr(self, name) >= 0, f"--{name.replace('_', '-')}", getattr(self, name), "0 or more")
+        for name in ("max_pixels", "max_image_bytes"):
+            _check(getattr(self, name) >= 1, f"--{name.replace('_', '-')}", getattr(self, name), "1 or more")
+        for name in ("input", "output"):
+            if getattr(self, name).startswith("memory://"):
+                raise ConfigError(
+                    f"--{name}: memory:// is another memory in each process; use a shared store"
+                )
         _check(self.max_decode_s > 0, "--max-decode-s", self.max_decode_s, "more than 0")
         if self.max_detectors and self.min_detectors > self.max_detectors:
             raise ConfigError(

@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 
 logger = logging.getLogger("shardshot")
 
+STEADY_S = 5.0  # from the first part on; before that a line tells the speed since the start
 MOST_MOMENTS = 256  # kept of a run, however many parts it publishes
 
 
@@ -143,7 +144,8 @@ class Progress:
         """One readable line: done/total, images per second, failed, time to go."""
         seconds = (time.monotonic() if now is None else now) - self._started
         total, exact = self.total
-        rate = self.steady_rate or self.counts.images / max(seconds, 1e-9)
+        early = self.steady_seconds < STEADY_S
+        rate = self.counts.images / max(seconds, 1e-9) if early else self.steady_rate
         left_s = (total - self.counts.images) / rate if rate else 0
         known = total > self.counts.images or exact
         share = (

@@ -2,7 +2,9 @@
 
 import logging
 import os
+import signal
 import sys
+import threading
 import warnings
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
@@ -55,7 +57,10 @@ def start_ray(**settings: Any) -> None:
         os.environ.setdefault("RAY_idle_worker_killing_time_threshold_ms", str(IDLE_WORKER_MS))
         os.environ.setdefault("RAY_worker_niceness", str(WORKER_NICENESS))
         where = {"address": "local", "include_dashboard": False}
+    on_sigterm = signal.getsignal(signal.SIGTERM)
     ray.init(logging_level=logging.ERROR, **where, **settings)
+    if threading.current_thread() is threading.main_thread():
+        signal.signal(signal.SIGTERM, on_sigterm)  # Ray's prints a C++ stack and aborts
 
 
 def take_worker_environment() -> None:

@@ -54,10 +54,18 @@ def test_the_total_is_exact_for_loose_images_and_guessed_from_the_shards_seen():
 def test_the_line_says_how_far_how_fast_and_how_long_still():
     progress = begun(num_loose=100, done_before=7)
     progress.add(Counts(images=10, failed=1, detections=3), now=110.0)
-    progress.add(Counts(images=10, failed=1, detections=3), now=112.0)
-    assert progress.line(now=112.0) == (
-        "20/100 (20 %) images   5.0 images/s   2 failed   6 detections   ETA 16 s   (+7 done before)"
+    progress.add(Counts(images=10, failed=1, detections=3), now=120.0)
+    assert progress.line(now=120.0) == (
+        "20/100 (20 %) images   1.0 images/s   2 failed   6 detections   ETA 80 s   (+7 done before)"
     )
+
+
+def test_two_parts_at_nearly_the_same_moment_are_no_speed():
+    progress = begun(num_loose=100)
+    for now in (110.0, 110.01):
+        progress.add(Counts(images=10), now=now)
+    assert "2.0 images/s" in progress.line(now=110.01)
+    assert "ETA 40 s" in progress.line(now=110.01)
 
 
 @pytest.mark.parametrize(

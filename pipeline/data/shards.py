@@ -100,9 +100,9 @@ def list_shards(input_uri: str) -> list[Shard]:
     """The shards of an input, sorted by name.
 
     Args:
-        input_uri: a folder (searched at any depth), one shard or image file, a pattern such as
-            `s3://b/train-*.tar`, or a .txt or .parquet file that lists URIs (one a line; column `uri`, `url`
-            or `path`; relative ones start at the list's folder).
+        input_uri: a folder (searched at any depth, except for what earlier runs wrote there), one shard or
+            image file, a pattern such as `s3://b/train-*.tar`, or a .txt or .parquet file that lists URIs
+            (one a line; column `uri`, `url` or `path`; relative ones start at the list's folder).
 
     Raises:
         ConfigError: there is nothing, or nothing that is a shard.
@@ -114,8 +114,11 @@ def list_shards(input_uri: str) -> list[Shard]:
         found = _from_list(input_uri, listed) if listed is not None else [_shard(_name(input_uri), file)]
     else:
         root, files = _files_below(input_uri)
+        outputs = _output_tables(files)
         found = [
-            _shard(file.uri[len(root) :].lstrip("/"), file) for file in files if _is_input(file.uri, root)
+            _shard(file.uri[len(root) :].lstrip("/"), file)
+            for file in files
+            if _is_input(file.uri, root) and not file.uri.startswith(outputs)
         ]
         if not found:
             raise ConfigError(_nothing_found(input_uri, files))
@@ -133,6 +136,13 @@ def _files_below(input_uri: str) -> tuple[str, list[storage.FileInfo]]:
         return input_uri, files
     root = posixpath.dirname(re.split(r"[*?\[]", input_uri)[0])
     return root, [file for file in storage.list_files(root) if fnmatch.fnmatchcase(file.uri, input_uri)]
+
+
+def _output_tables(files: list[storage.FileInfo]) -> tuple[str, ...]:
+    """Folders that runs wrote: their Parquet files are no shards."""
+    record = "/_run/config.json"
+    outputs = [file.uri.removesuffix(record) for file in files if file.uri.endswith(record)]
+    return tuple(f"{output}/{table}/" for output in outputs for table in ("images", "detections", "_run"))
 
 
 def _is_input(uri: str, root: str) -> bool:

@@ -73,24 +73,11 @@ class Lock:
         numbers = sorted(_numbers(self._folder))
         number = numbers[-1] if numbers else 0
         if number:
-            self._refuse_if_alive(number)
+            _refuse_if_alive(self._folder, number)
         if not storage.create_exclusive(_lock_uri(self._folder, number + 1), self._content(released=False)):
             raise ConfigError(f"another run took {self._folder} in this moment; wait for it or stop it")
         storage.delete(_lock_uri(self._folder, old) for old in numbers[:-KEPT])
         return number + 1
-
-    def _refuse_if_alive(self, number: int) -> None:
-        lock = json.loads(storage.read_bytes(_lock_uri(self._folder, number)))
-        age_s = time.time() - lock["heartbeat"]
-        if lock["released"] or age_s > SILENCE_S:
-            return
-        if lock["host"] == self._owner["host"] and lock["started"] != _started(lock["pid"]):
-            return  # the process is gone, or its number belongs to another one now
-        owner = f"process {lock['pid']} on {lock['host']}, last sign of life {max(age_s, 0):.0f} s ago"
-        raise ConfigError(
-            f"another run is writing to this output ({owner}): wait for it or stop it; "
-            f"a dead one is taken over after {SILENCE_S:.0f} s of silence"
-        )
 
     def _beat(self) -> None:
         while not self._stop.wait(HEARTBEAT_S):
@@ -103,6 +90,27 @@ class Lock:
     def _content(self, *, released: bool) -> bytes:
         record = {**self._owner, "nonce": self._nonce, "heartbeat": time.time(), "released": released}
         return json.dumps(record).encode()
+
+
+def check_free(output: str) -> None:
+    """Raises: ConfigError: another run is alive on this output."""
+    folder = storage.join(output, "_run")
+    if numbers := _numbers(folder):
+        _refuse_if_alive(folder, max(numbers))
+
+
+def _refuse_if_alive(folder: str, number: int) -> None:
+    lock = json.loads(storage.read_bytes(_lock_uri(folder, number)))
+    age_s = time.time() - lock["heartbeat"]
+    if lock["released"] or age_s > SILENCE_S:
+        return
+    if lock["host"] == socket.gethostname() and lock["started"] != _started(lock["pid"]):
+        return  # the process is gone, or its number belongs to another one now
+    owner = f"process {lock['pid']} on {lock['host']}, last sign of life {max(age_s, 0):.0f} s ago"
+    raise ConfigError(
+        f"another run is writing to this output ({owner}): wait for it or stop it; "
+        f"a dead one is taken over after {SILENCE_S:.0f} s of silence"
+    )
 
 
 def _lock_uri(folder: str, number: int) -> str:

@@ -62,15 +62,12 @@ class Plan:
     known: list[Part]
     """The parts that counted when the run began."""
     work: list[Work]
+    num_finished_shards: int
+    """Those in which nothing is left to do; `--limit` leaves out others."""
     round: int
     """0, or higher where this run's rows replace older ones of the same image."""
     settings: ReadSettings
     fingerprint: str
-
-    @property
-    def num_finished_shards(self) -> int:
-        """Shards that will not be opened."""
-        return len(self.shards) - len(self.work)
 
     @property
     def num_finished_images(self) -> int:
@@ -222,13 +219,15 @@ def make_plan(config: InferConfig, settings: ReadSettings, fingerprint: str, sha
         known = without_repeats(config.output, known)
         ledger = read_ledger(config.output, known)
     redone = changed_shards(config, shards, ledger)
+    left = plan_work(config, shards, ledger, redone)
     retry = config.retry_failed or bool(redone)
     return Plan(
         output=config.output,
         shards=shards,
         ledger=ledger,
         known=known,
-        work=plan_work(config, shards, ledger, redone),
+        work=limited(left, config.limit),
+        num_finished_shards=len(shards) - len(left),
         round=max((part.round for part in known), default=0) + 1 if retry and known else 0,
         settings=settings,
         fingerprint=fingerprint,
@@ -241,13 +240,12 @@ def plan_work(
     ledger: Ledger,
     redone: Collection[str] = (),
 ) -> list[Work]:
-    """The anti-join: what of `shards` is not in `ledger`, up to `--limit`; `redone` shards run anew."""
-    work = [
+    """The anti-join: what of `shards` is not in `ledger`; `redone` shards run anew."""
+    return [
         work
         for shard in shards
         if (work := _remaining(shard, ledger, retry_failed=config.retry_failed, anew=shard.name in redone))
     ]
-    return _limited(work, config.limit)
 
 
 def _remaining(shard: Shard, ledger: Ledger, *, retry_failed: bool, anew: bool) -> Work | None:
@@ -272,7 +270,8 @@ def changed_shards(config: InferConfig, shards: Iterable[Shard], ledger: Ledger)
     if changed and not config.redo_changed:
         raise ConfigError(
             f"{len(changed)} shards changed since they were run, such as {min(changed)}: "
-            "--redo-changed runs them again, --overwrite starts anew"
+            f"--redo-changed{' beside --retry-failed' if config.retry_failed else ''} runs them again, "
+            "--overwrite starts anew"
         )
     return changed
 
@@ -296,7 +295,7 @@ def recorded_shards(output: str) -> dict[str, tuple[int, str]]:
     return {row["name"]: (row["num_bytes"], row["etag"]) for row in rows}
 
 
-def _limited(work: list[Work], limit: int) -> list[Work]:
+def limited(work: list[Work], limit: int) -> list[Work]:
     """The first shards, enough for about `limit` images; nobody knows yet how many a packed one has."""
     if not limit:
         return work

@@ -385,10 +385,15 @@ def check_writable(output: str) -> None:
         raise ConfigError(f"--output {output} can't be written: {error}") from error
 
 
-def clear(output: str) -> None:
-    """Delete what is in the output, except the lock. Raises: ConfigError where the files aren't ours."""
+def check_clearable(output: str) -> None:
+    """Raises: ConfigError: files that no run wrote."""
     if not storage.exists(storage.join(output, "_run", "config.json")) and foreign_files(output):
         raise ConfigError(f"--overwrite: {output} holds files that no run wrote; delete them by hand")
+
+
+def clear(output: str) -> None:
+    """Delete what is in the output, except the lock. Raises: ConfigError where the files aren't ours."""
+    check_clearable(output)
     for table in ("images", "detections"):
         storage.delete_folder(storage.join(output, table))
     run = storage.join(output, "_run")

@@ -78,6 +78,18 @@ def test_a_pattern_selects_shards(tmp_path):
     assert [s.name for s in list_shards(f"{tmp_path}/train-*.tar")] == ["train-0.tar", "train-1.tar"]
 
 
+def test_the_tables_of_a_run_below_the_input_are_no_shards(tmp_path):
+    for name in ("a.tar", "out/_run/config.json", "out/_run/shards.parquet", "out/images/part-0.parquet",
+                 "out/detections/part-0.parquet", "out/b.tar", "images/part-0.parquet"):  # fmt: skip
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).touch()
+    assert [shard.name for shard in list_shards(str(tmp_path))] == [
+        "a.tar",
+        "images/part-0.parquet",
+        "out/b.tar",
+    ]
+
+
 def test_a_folder_with_brackets_in_its_name_is_no_pattern(tmp_path):
     make_tar_shard(tmp_path / "data[1]/s.tar", 1)
 

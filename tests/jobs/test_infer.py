@@ -1,8 +1,10 @@
 """`jobs/infer.py` as a stranger runs it: subprocesses, exit codes, messages."""
 
+import contextlib
 import json
 import os
 import runpy
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -11,8 +13,14 @@ import pandas as pd
 import pytest
 
 from pipeline import storage
+from pipeline.config import InferConfig
+from pipeline.data.shards import list_shards
+from pipeline.inference.lock import Lock
+from pipeline.inference.plan import make_plan, read_settings, run_fingerprint, save_shards
+from pipeline.model import checkpoint
 from pipeline.results import load_detections, load_images
-from tests import servers
+from tests import outputs, servers
+from tests.chaos.runs import wait_until
 from tests.makers import make_tar_shard
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -53,6 +61,16 @@ def source(tmp_path):
     return tmp_path / "in"
 
 
+def finish(source, output):
+    """Leave in `output` what the next run's plan looks at after a run of `source`."""
+    config = InferConfig(input=str(source), output=str(output))
+    spec = checkpoint.read_spec(config.weights)
+    fingerprint = run_fingerprint(config, spec, checkpoint.weights_sha256(config.weights))
+    storage.write_atomic(f"{output}/_run/config.json", json.dumps({"fingerprint": fingerprint}).encode())
+    outputs.write_part(output, "part-0", [outputs.image("a.tar/000.jpg", shard_size=1)], [])
+    save_shards(make_plan(config, read_settings(config, spec), "f1", list_shards(config.input)))
+
+
 def test_help_teaches():
     code, out, _ = job("infer.py", "--help")
     assert code == 0
@@ -84,6 +102,8 @@ def test_help_teaches():
         (["--input", "{in}", "--output", "{out}", "--score-threshold", "{foreign}/t.json"], "t.json"),
         (["--input", "{in}", "--output", "{out}", "--batch-size", "0"], "--batch-size 0"),
         (["--input", "nosuch://x/y", "--output", "{out}"], "nosuch"),
+        (["--input", "{in}", "--output", "memory://out"], "--output: memory://"),
+        (["--input", "{in}", "--output", "{out}", "--max-pixels", "0"], "--max-pixels 0"),
     ],
     ids=[
         "missing",
@@ -96,6 +116,8 @@ def test_help_teaches():
         "threshold-file",
         "batch",
         "protocol",
+        "memory",
+        "pixels",
     ],
 )
 def test_bad_input_is_one_clear_line(tmp_path, source, refused, args, message):
@@ -125,6 +147,58 @@ def test_a_dry_run_tells_the_plan_and_writes_nothing(source, tmp_path):
     for word in ("1 shards", "writable", "ssdlite300_mobilenet_v2", "3 images", "estimate"):
         assert word in out
     assert storage.list_files(str(tmp_path / "out")) == []
+
+
+def test_a_dry_run_says_why_an_image_of_its_sample_failed(tmp_path):
+    (tmp_path / "in").mkdir()
+    (tmp_path / "in" / "torn.jpg").write_bytes(b"\xff\xd8\xff no more")
+    code, out, err = job("infer.py", "--input", tmp_path / "in", "--output", tmp_path / "out", "--dry-run")
+    assert code == 0, err
+    assert "1 failed (torn.jpg: " in out
+
+
+@pytest.mark.parametrize("refusal", ["changed", "overwrite", "locked"])
+def test_a_dry_run_refuses_what_the_run_would(tmp_path, source, refused, refusal):
+    output = tmp_path / "out"
+    args = ["--input", source, "--output", output, "--dry-run"]
+    with contextlib.ExitStack() as stack:
+        if refusal == "locked":
+            stack.enter_context(Lock(str(output)))
+        elif refusal == "overwrite":
+            output.mkdir()
+            (output / "thesis.txt").touch()
+            args.append("--overwrite")
+        else:
+            finish(source, output)
+            with (source / "a.tar").open("ab") as shard:
+                shard.write(bytes(1024))
+        said = refused(*args)
+    messages = {
+        "changed": "1 shards changed",
+        "overwrite": "no run wrote",
+        "locked": "another run is writing",
+    }
+    assert messages[refusal] in said
+
+
+@pytest.mark.ray
+def test_sigterm_stops_a_run_in_one_line_and_the_same_command_goes_on(tmp_path):
+    make_tar_shard(tmp_path / "in" / "a.tar", 130)
+    make_tar_shard(tmp_path / "in" / "b.tar", 130)
+    command = [sys.executable, str(ROOT / "jobs" / "infer.py")]
+    command += ["--input", str(tmp_path / "in"), "--output", str(tmp_path / "out")]
+    with subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True) as run:
+        wait_until(lambda: storage.list_names(f"{tmp_path}/out/images") or run.poll() is not None)
+        run.send_signal(signal.SIGTERM)
+        _, err = run.communicate(timeout=120)
+    assert run.returncode == 143, err
+    assert "stopped; the same command goes on from here" in err
+    assert "SIGTERM received" not in err
+    assert "Traceback" not in err
+    assert len(load_images(tmp_path / "out")) < 260
+    code, out, err = job("infer.py", "--input", tmp_path / "in", "--output", tmp_path / "out")
+    assert code == 0, out + err
+    assert load_images(tmp_path / "out").image_id.nunique() == 260
 
 
 @pytest.mark.ray
