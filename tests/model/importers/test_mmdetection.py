@@ -208,5 +208,5 @@ def test_other_objects_in_a_pickle_are_refused():
             return print, ("executed",)
 
     for data in (originals.saved({"state_dict": Payload()}), pickle.dumps(Payload(), protocol=2)):
-        with pytest.raises(CheckpointError, match=r"^weights.pth: a pickle that holds more .*builtin\w*\.print"):
+        with pytest.raises(CheckpointError, match=r"^weights.pth: a pickle that holds .* such as print;"):
             import_release(data, "weights.pth")
