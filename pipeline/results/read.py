@@ -9,6 +9,7 @@ import json
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from numbers import Real
 from pathlib import Path
 from typing import Any, Literal
 
@@ -30,8 +31,8 @@ def load_detections(
     *,
     min_score: float | None = None,
     class_names: str | Sequence[str] | None = None,
-    image_ids: Sequence[str] | None = None,
-    columns: Sequence[str] | None = None,
+    image_ids: str | Sequence[str] | None = None,
+    columns: str | Sequence[str] | None = None,
 ) -> pd.DataFrame:
     """The boxes of an output folder, one row a box, in the order of the files.
 
@@ -39,7 +40,7 @@ def load_detections(
         uri: output folder of `jobs/infer.py`, local or in an object store.
         min_score: keep rows with at least this score.
         class_names: keep rows of this class or these classes.
-        image_ids: keep rows of these images; parts of files without any of them are not read.
+        image_ids: keep rows of this image or these images; parts of files without any are not read.
         columns: columns to read (default: all of `schema.DETECTIONS`); fewer are faster.
 
     Returns:
@@ -47,7 +48,8 @@ def load_detections(
         without boxes gives an empty frame of the same dtypes.
 
     Raises:
-        ConfigError: no output there, another schema version, an unknown column or class name.
+        ConfigError: no output there, another schema version, an unknown column or class name, or an argument
+            of another type.
         StorageError: a part can't be read.
     """
     output = open_output(uri)
@@ -59,7 +61,7 @@ def load_images(
     uri: str | Path,
     *,
     status: Literal["ok", "failed"] | None = None,
-    columns: Sequence[str] | None = None,
+    columns: str | Sequence[str] | None = None,
 ) -> pd.DataFrame:
     """The images of an output folder, one row an input image, failed ones and those without boxes too.
 
@@ -83,8 +85,8 @@ def iter_detections(
     *,
     min_score: float | None = None,
     class_names: str | Sequence[str] | None = None,
-    image_ids: Sequence[str] | None = None,
-    columns: Sequence[str] | None = None,
+    image_ids: str | Sequence[str] | None = None,
+    columns: str | Sequence[str] | None = None,
     rows_per_frame: int = 131_072,
 ) -> Iterator[pd.DataFrame]:
     """`load_detections` in pieces, for tables larger than memory.
@@ -161,7 +163,9 @@ def _not_replaced(name: Name, newer: pa.Table) -> ds.Expression | None:
     return keep & ~((ds.field("shard_index") == -1) & ds.field("shard").isin(shards))
 
 
-def _table(output: Output, name: Name, columns: Sequence[str] | None, rows: ds.Expression | None) -> pa.Table:
+def _table(
+    output: Output, name: Name, columns: str | Sequence[str] | None, rows: ds.Expression | None
+) -> pa.Table:
     names = _checked_columns(name, columns)
     with _reading(output.uri):
         tables = [
@@ -216,17 +220,30 @@ def _keep_boxes(
     output: Output,
     min_score: float | None,
     class_names: str | Sequence[str] | None,
-    image_ids: Sequence[str] | None,
+    image_ids: str | Sequence[str] | None,
 ) -> ds.Expression | None:
-    rows = None if image_ids is None else ds.field("image_id").isin(pa.array(image_ids, pa.string()))
+    rows = None
+    if image_ids is not None:
+        rows = ds.field("image_id").isin(pa.array(_texts("image_ids", image_ids), pa.string()))
     if min_score is not None:
+        if not isinstance(min_score, Real):
+            raise ConfigError(f"min_score={min_score!r}: give a number")
         # As float32: 0.7 in a float32 column is 0.69999999, which is less than the float64 0.7.
         rows = _both(rows, ds.field("score") >= pa.scalar(min_score, pa.float32()))
     if class_names is not None:
-        names = [class_names] if isinstance(class_names, str) else list(class_names)
+        names = _texts("class_names", class_names)
         _check_class_names(output, names)
         rows = _both(rows, ds.field("class_name").isin(pa.array(names, pa.string())))
     return rows
+
+
+def _texts(argument: str, values: str | Iterable[str]) -> list[str]:
+    """The values as a list; one text alone is a list of one."""
+    found = list(values) if isinstance(values, Iterable) and not isinstance(values, str) else [values]
+    for value in found:
+        if not isinstance(value, str):
+            raise ConfigError(f"{argument}: {value!r} is no text; give one text or a list of them")
+    return found
 
 
 def _check_class_names(output: Output, names: list[str]) -> None:
@@ -239,14 +256,14 @@ def _check_class_names(output: Output, names: list[str]) -> None:
         raise ConfigError(f"{output.uri}: the model has no class {unknown[0]!r}; {hint}")
 
 
-def _checked_columns(name: Name, columns: Sequence[str] | None) -> list[str]:
+def _checked_columns(name: Name, columns: str | Sequence[str] | None) -> list[str]:
     known = SCHEMAS[name].names
     if columns is None:
         return known
-    unknown = [column for column in columns if column not in known]
-    if unknown or isinstance(columns, str):
-        raise ConfigError(f"{name} has no column {unknown or columns!r}; columns: {', '.join(known)}")
-    return list(columns)
+    wanted = _texts("columns", columns)
+    if unknown := [column for column in wanted if column not in known]:
+        raise ConfigError(f"{name} has no column {', '.join(unknown)}; columns: {', '.join(known)}")
+    return wanted
 
 
 def _both(first: ds.Expression | None, second: ds.Expression | None) -> ds.Expression | None:

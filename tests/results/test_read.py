@@ -39,6 +39,14 @@ def test_filters_keep_what_they_say(output):
     assert load_images(output, status="failed").image_id.tolist() == ["d.jpg"]
 
 
+def test_one_text_is_as_good_as_a_list_of_one(output):
+    assert load_detections(output, image_ids="c.jpg").image_id.tolist() == ["c.jpg"]
+    assert load_detections(output, columns="score").columns.tolist() == ["score"]
+    assert load_images(output, columns="image_id").columns.tolist() == ["image_id"]
+    some = (name for name in ["dog"])
+    assert load_detections(output, class_names=some).class_name.tolist() == ["dog"]  # type: ignore[arg-type]
+
+
 def test_a_score_equal_to_the_threshold_is_kept_although_the_column_is_float32(output):
     assert len(load_detections(output, min_score=0.7)) == 2  # float32(0.7) < 0.7
 
@@ -147,9 +155,14 @@ def test_the_summary_adds_up_over_parts_with_other_images_and_classes(tmp_path):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ({"columns": ["scores"]}, "no column"),
-        ({"columns": "score"}, "no column"),
+        ({"columns": ["scores", "id"]}, "no column scores, id; columns: image_id"),
+        ({"columns": "scores"}, "no column scores; columns: image_id"),
+        ({"columns": 3}, "columns: 3 is no text; give one text or a list of them"),
         ({"class_names": ["dgo"]}, "did you mean dog"),
+        ({"class_names": 3}, "class_names: 3 is no text"),
+        ({"image_ids": ["a.jpg", 1]}, "image_ids: 1 is no text"),
+        ({"image_ids": b"a.jpg"}, "image_ids: 97 is no text"),
+        ({"min_score": "a"}, "min_score='a': give a number"),
     ],
 )
 def test_a_typing_error_is_refused_with_a_hint(output, arguments, message):
