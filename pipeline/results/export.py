@@ -110,8 +110,11 @@ def to_supervision(detections: pd.DataFrame) -> "supervision.Detections":
     `class_id` is the data set's label; the name is in `data["class_name"]`.
 
     Raises:
-        ConfigError: supervision is not installed.
+        ConfigError: supervision is not installed, or columns are missing.
     """
+    needed = [*CORNERS, "score", "label", "class_name"]
+    if missing := [name for name in needed if name not in detections]:
+        raise ConfigError(f"to_supervision needs the columns {', '.join(missing)}, too: load them")
     try:
         import supervision
     except ImportError as error:

@@ -117,6 +117,12 @@ def test_supervision_draws_and_filters_our_detections(output):
     assert len(to_supervision(load_detections(output, min_score=0.95))) == 0
 
 
+def test_supervision_refuses_rows_without_the_columns_it_needs(output):
+    rows = load_detections(output, columns=["image_id", "class_name", "score", "xmin", "ymin"])
+    with pytest.raises(ConfigError, match="needs the columns xmax, ymax, label, too"):
+        to_supervision(rows)
+
+
 def test_an_output_without_boxes_is_exported(tmp_path):
     write_part(tmp_path / "out", "p", [], [])
     assert export_coco(tmp_path / "out", tmp_path / "r.json") == {}
