@@ -30,8 +30,10 @@ def compare_runs(
         "lost".
 
     Raises:
-        ConfigError: no output there, or no image in common.
+        ConfigError: no output there, no image in common, or `iou` not above 0 and up to 1.
     """
+    if not 0 < iou <= 1:
+        raise ConfigError(f"iou={iou}: give a number above 0 and up to 1")
     shared = _shared_images(new, old)
     ours, theirs = (_boxes_of(uri, shared, min_score) for uri in (new, old))
     same_ours, same_theirs = _same(ours, theirs, iou)

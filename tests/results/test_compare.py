@@ -49,3 +49,11 @@ def test_runs_on_other_images_are_refused_and_empty_runs_are_equal(tmp_path):
         compare_runs(tmp_path / "new", tmp_path / "old")
     write_part(tmp_path / "none", "p", [], [])
     assert compare_runs(tmp_path / "none", tmp_path / "old").empty
+
+
+@pytest.mark.parametrize("iou", [2, 0, -0.5, float("nan")])
+def test_an_overlap_that_no_two_boxes_or_all_have_is_refused(tmp_path, iou):
+    write_part(tmp_path, "p", [image("a")], boxes_at("a", 0))
+    assert compare_runs(tmp_path, tmp_path, iou=1).empty
+    with pytest.raises(ConfigError, match=r"^iou=.*: give a number above 0 and up to 1$"):
+        compare_runs(tmp_path, tmp_path, iou=iou)
