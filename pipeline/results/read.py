@@ -121,6 +121,8 @@ class Output:
 def open_output(uri: str | Path) -> Output:
     """Find the parts of an output folder. Raises: as `load_detections`."""
     uri = str(uri)
+    if storage.is_local(uri) and storage.exists(uri):  # a store's listing of it is empty, a disk's an error
+        raise ConfigError(f"no results in {uri}: it is a file; name the --output of a run")
     with _reading(uri):
         parts = read_parts(uri)
     if not parts:

@@ -183,6 +183,12 @@ def test_a_folder_without_results_and_an_unknown_schema_version_are_refused(tmp_
         load_detections(tmp_path)
 
 
+def test_a_file_is_refused_where_an_output_folder_is_wanted(tmp_path):
+    (tmp_path / "list.txt").write_text("a.jpg\n")
+    with pytest.raises(ConfigError, match=r"^no results in .*list\.txt: it is a file; name the --output"):
+        load_images(tmp_path / "list.txt")
+
+
 def test_a_missing_or_damaged_part_is_a_storage_error(output):
     (output / "detections/part-1-d.parquet").unlink()
     with pytest.raises(StorageError, match="a part is gone"):
