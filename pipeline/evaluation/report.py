@@ -62,7 +62,7 @@ class Report:
             counts = f"{row['num_annotated']:11,}{row['num_detections']:12,}"
             lines.append(f"{name:<{width}}  {_number(row['AP'])}{counts} {best}")
         if len(rows) > NUM_CLASSES:
-            lines.append(f"and {len(rows) - NUM_CLASSES} more classes in the JSON file of --output")
+            lines.append(f"and {len(rows) - NUM_CLASSES} more classes; --output writes all to a JSON file")
         return "\n".join(lines) if rows else ""
 
     def _confusions(self) -> str:

@@ -5,8 +5,9 @@ import pytest
 
 from pipeline.errors import ConfigError
 from pipeline.evaluation.compare import compare
-from pipeline.evaluation.detections import match_names, open_detections
+from pipeline.evaluation.detections import ResultsFile, match_names, open_detections
 from pipeline.evaluation.numbers import numbers, thresholds_by_class
+from pipeline.evaluation.report import Report
 from pipeline.evaluation.run import class_groups, measure
 from tests.evaluation.cases import detected, random_case, truth
 from tests.outputs import box, failed_image, image, write_part
@@ -111,6 +112,14 @@ def test_one_class_and_a_thousand_classes_are_measured(tmp_path):
         write_part(tmp_path / str(count), "p", [image("0.jpg", count)], boxes, model={})
         source, there = open_detections(str(tmp_path / str(count)), there)
         assert numbers(measure(there, source, metric="coco"))["AP"] == pytest.approx(1.0)
+
+
+def test_classes_beyond_the_table_are_counted_with_the_flag_that_writes_them():
+    names = {k: f"class {k}" for k in range(1, 44)}
+    there = truth(*[(0, k, A) for k in names], class_names=names)
+    evaluation = measure(there, ResultsFile(detected(), {}, {}), metric="voc")
+    text = Report(evaluation, numbers(evaluation)).text()
+    assert "and 13 more classes; --output writes all to a JSON file" in text
 
 
 def test_classes_are_grouped_up_to_a_number_of_detections():
