@@ -21,17 +21,21 @@ def read_coco(images_uri: str, annotations_uri: str) -> Source:
         ConfigError: not such a file, no categories, or it names images that aren't there.
     """
     files = image_files(images_uri)
+    where = f"--annotations {annotations_uri}"
     try:
         data = json.loads(storage.read_bytes(annotations_uri))
-        names = {int(category["id"]): str(category["name"]) for category in data["categories"]}
-        boxes: dict[int, list[SourceBox]] = {entry["id"]: [] for entry in data["images"]}
-        for entry in data["annotations"]:
+        categories = coco_entries(data, "categories", ("id", "name"), where)
+        entries = coco_entries(data, "images", ("id", "file_name"), where)
+        refuse_repeated([entry["id"] for entry in entries], where)
+        names = {int(category["id"]): str(category["name"]) for category in categories}
+        boxes: dict[int, list[SourceBox]] = {entry["id"]: [] for entry in entries}
+        for entry in coco_entries(data, "annotations", ("image_id", "category_id"), where):
             boxes.setdefault(entry["image_id"], []).append(_coco_box(entry, names, annotations_uri))
-        listed = [(entry["file_name"].replace("\\", "/"), entry) for entry in data["images"]]
+        listed = [(entry["file_name"].replace("\\", "/"), entry) for entry in entries]
+    except ConfigError:
+        raise
     except (ValueError, TypeError, KeyError, AttributeError) as error:
-        raise ConfigError(
-            f"--annotations {annotations_uri}: no COCO instances file ({type(error).__name__}: {error})"
-        ) from error
+        raise ConfigError(f"{where} is no COCO instances file: {type(error).__name__} {error}") from error
     _refuse_strangers(boxes.keys() - {entry["id"] for _, entry in listed}, annotations_uri)
     found = _find_images(files, [name for name, _ in listed], images_uri)
     images = [
@@ -52,6 +56,27 @@ def read_coco(images_uri: str, annotations_uri: str) -> Source:
         len(files) - len(images),
         ("category ids start at 0 in the file; in the shards they are one higher",) if shift else (),
     )
+
+
+def coco_entries(data: Mapping[str, Any], kind: str, keys: Sequence[str], where: str) -> list[dict[str, Any]]:
+    """One list of a COCO file, whose entries all have these keys.
+
+    Raises:
+        ConfigError: one lacks a key; `where` names the file.
+        KeyError: no such list.
+    """
+    for n, entry in enumerate(data[kind]):
+        if missing := [key for key in keys if key not in entry]:
+            which = f"{kind}[{n}] (id {entry['id']})" if "id" in entry else f"{kind}[{n}]"
+            raise ConfigError(f"{where} is no COCO instances file: {which} has no {missing[0]}")
+    return data[kind]
+
+
+def refuse_repeated(images: Sequence[object], where: str) -> None:
+    """Raises: ConfigError: an image (an id or a name) is listed more than once."""
+    for image, count in Counter(images).most_common(1):
+        if count > 1:
+            raise ConfigError(f"{where} lists image {image} {count} times; each image may be listed once")
 
 
 def _coco_box(entry: Mapping[str, Any], names: Mapping[int, str], uri: str) -> SourceBox:

@@ -3,8 +3,7 @@
 import json
 import math
 import posixpath
-from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,6 +11,7 @@ import numpy as np
 
 from pipeline import storage
 from pipeline.data.annotations import CLASSES_FILE, parse_annotation, read_classes
+from pipeline.data.coco import coco_entries, refuse_repeated
 from pipeline.data.shards import list_shards, read_shard
 from pipeline.data.sources import four_numbers
 from pipeline.data.voc import read_voc
@@ -85,12 +85,12 @@ def _ground_truth(
 def _from_coco(uri: str) -> GroundTruth:
     try:
         data = json.loads(storage.read_bytes(uri))
-        images = sorted(_entries(data, "images", ("id", "file_name"), uri), key=lambda image: image["id"])
-        categories = _entries(data, "categories", ("id", "name"), uri)
-        boxes = _entries(data, "annotations", ("image_id", "category_id", "bbox"), uri)
+        images = sorted(coco_entries(data, "images", ("id", "file_name"), uri), key=lambda image: image["id"])
+        categories = coco_entries(data, "categories", ("id", "name"), uri)
+        boxes = coco_entries(data, "annotations", ("image_id", "category_id", "bbox"), uri)
         ids, names = [image["id"] for image in images], [str(image["file_name"]) for image in images]
-        _refuse_repeated(ids, uri)
-        _refuse_repeated(names, uri)
+        refuse_repeated(ids, uri)
+        refuse_repeated(names, uri)
         class_names = {int(category["id"]): str(category["name"]) for category in categories}
         index = {image_id: i for i, image_id in enumerate(ids)}
         return _ground_truth(
@@ -100,21 +100,6 @@ def _from_coco(uri: str) -> GroundTruth:
         raise
     except (KeyError, TypeError, ValueError) as error:
         raise ConfigError(f"{uri} is no COCO instances file: {type(error).__name__} {error}") from error
-
-
-def _entries(data: dict[str, Any], kind: str, keys: Sequence[str], uri: str) -> list[dict[str, Any]]:
-    """One list of the file, whose entries all have these keys."""
-    for n, entry in enumerate(data[kind]):
-        if missing := [key for key in keys if key not in entry]:
-            which = f"{kind}[{n}] (id {entry['id']})" if "id" in entry else f"{kind}[{n}]"
-            raise ConfigError(f"{uri} is no COCO instances file: {which} has no {missing[0]}")
-    return data[kind]
-
-
-def _refuse_repeated(images: Sequence[object], uri: str) -> None:
-    for image, count in Counter(images).most_common(1):
-        if count > 1:
-            raise ConfigError(f"{uri} lists image {image} {count} times; each image may be listed once")
 
 
 def _coco_row(

@@ -109,6 +109,10 @@ def test_coco_files_that_do_not_fit_are_refused_in_one_line(tmp_path):
     assert "1 annotated images are not there, such as gone.jpg" in missing
     assert "such as b.jpg" in refused([coco_image(1, "b.jpg")], [])  # which of the two?
     assert "name a.jpg 2 times" in refused([coco_image(1, "a.jpg"), coco_image(2, "a.jpg")], [])
+    one_id = refused([coco_image(1, "a.jpg"), coco_image(1, "x/b.jpg")], [])
+    assert "lists image 1 2 times" in one_id  # whose boxes would they be?
+    nameless = refused([coco_image(1, "a.jpg")], [{"id": 7, "image_id": 1, "bbox": [0, 0, 1, 1]}])
+    assert "annotations[0] (id 7) has no category_id" in nameless
     stranger = {"image_id": 99, "category_id": 1, "bbox": [0, 0, 1, 1]}
     assert "such as 99" in refused([coco_image(1, "a.jpg")], [stranger])
     assert "no classes" in refused([coco_image(1, "a.jpg")], [], [])
