@@ -38,6 +38,10 @@ class StorageError(PipelineError):
     """The store answers no, after the retries: which URI, and what to check."""
 
 
+class DamagedError(StorageError):
+    """A file of an output can't be parsed."""
+
+
 class BudgetError(PipelineError):
     """More images failed than `--max-failed-fraction` allows (exit code 3)."""
 

@@ -111,8 +111,10 @@ class Progress:
         Not from the first part on: what readers had made ready while detectors started comes in a burst
         (1,100 images/s for seconds, then 450, with a detector that does nothing).
         """
+        if len(self._moments) < 2:
+            return 0.0
         quarter = bisect_left(self._moments, self.counts.images / 4, key=lambda moment: moment[1])
-        began, images = (*self._moments, (self._last, self.counts.images))[quarter]
+        began, images = self._moments[min(quarter, len(self._moments) - 2)]
         return (self.counts.images - images) / (self._last - began) if self._last > began else 0.0
 
     @property

@@ -59,7 +59,7 @@ def start_ray(**settings: Any) -> None:
         where = {"address": "local", "include_dashboard": False}
     on_sigterm = signal.getsignal(signal.SIGTERM)
     ray.init(logging_level=logging.ERROR, **where, **settings)
-    if threading.current_thread() is threading.main_thread():
+    if on_sigterm is not None and threading.current_thread() is threading.main_thread():
         signal.signal(signal.SIGTERM, on_sigterm)  # Ray's prints a C++ stack and aborts
 
 

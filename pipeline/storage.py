@@ -195,9 +195,7 @@ def file_info(uri: str) -> FileInfo | None:
         fs.invalidate_cache()
         try:
             found = fs.info(path)
-        except FileNotFoundError as error:
-            if isinstance(error.__cause__, OSError):  # so fsspec's HTTP store calls a host it can't reach
-                raise error.__cause__ from None
+        except FileNotFoundError:
             return None
         return FileInfo(uri, int(found["size"] or 0), _etag(found)) if found["type"] == "file" else None
 

@@ -32,6 +32,14 @@ def test_there_is_no_steady_rate_before_the_second_part():
     assert progress.steady_rate == 32.0
 
 
+def test_a_last_part_of_nearly_all_images_has_a_speed():
+    progress = begun(num_loose=1000)
+    progress.add(Counts(images=26), now=110.0)
+    progress.add(Counts(images=104), now=120.0)
+    assert progress.steady_rate == 10.4
+    assert "10.4 images/s" in progress.line(now=120.0)
+
+
 @given(st.integers(1, 20 * MOST_MOMENTS), st.integers(1, 100))
 def test_a_constant_speed_is_the_steady_rate_of_any_number_of_parts(num_parts, size):
     progress = begun()

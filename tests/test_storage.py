@@ -105,12 +105,6 @@ def test_an_unknown_protocol_is_named():
         storage.list_files("nosuch://bucket/x")
 
 
-def test_a_host_that_is_not_there_is_not_called_an_absent_file(quick):
-    pytest.importorskip("aiohttp")
-    with pytest.raises(StorageError, match="Cannot connect"):
-        storage.file_info("http://127.0.0.1:1/x.tar")
-
-
 def test_wrong_credentials_say_what_to_check_and_never_the_secret(tmp_path, monkeypatch):
     (tmp_path / "bucket").mkdir()
     with servers.rclone(tmp_path) as environment:

@@ -114,11 +114,8 @@ def list_shards(input_uri: str) -> list[Shard]:
         found = _from_list(input_uri, listed) if listed is not None else [_shard(_name(input_uri), file)]
     else:
         root, files = _files_below(input_uri)
-        outputs = _output_tables(files)
         found = [
-            _shard(file.uri[len(root) :].lstrip("/"), file)
-            for file in files
-            if _is_input(file.uri, root) and not file.uri.startswith(outputs)
+            _shard(file.uri[len(root) :].lstrip("/"), file) for file in files if _is_input(file.uri, root)
         ]
         if not found:
             raise ConfigError(_nothing_found(input_uri, files))
@@ -133,16 +130,18 @@ def _files_below(input_uri: str) -> tuple[str, list[storage.FileInfo]]:
     """The folder or pattern `input_uri`: the root that names start from, and the files."""
     files = storage.list_files(input_uri)
     if files or not re.search(r"[*?\[]", input_uri):
-        return input_uri, files
+        return input_uri, _without_tables(files)
     root = posixpath.dirname(re.split(r"[*?\[]", input_uri)[0])
-    return root, [file for file in storage.list_files(root) if fnmatch.fnmatchcase(file.uri, input_uri)]
+    files = _without_tables(storage.list_files(root))
+    return root, [file for file in files if fnmatch.fnmatchcase(file.uri, input_uri)]
 
 
-def _output_tables(files: list[storage.FileInfo]) -> tuple[str, ...]:
-    """Folders that runs wrote: their Parquet files are no shards."""
+def _without_tables(files: list[storage.FileInfo]) -> list[storage.FileInfo]:
+    """Without the Parquet files that runs of `jobs/infer.py` wrote: they are no shards."""
     record = "/_run/config.json"
     outputs = [file.uri.removesuffix(record) for file in files if file.uri.endswith(record)]
-    return tuple(f"{output}/{table}/" for output in outputs for table in ("images", "detections", "_run"))
+    tables = tuple(f"{output}/{table}/" for output in outputs for table in ("images", "detections", "_run"))
+    return [file for file in files if not (file.uri.startswith(tables) and file.uri.endswith(".parquet"))]
 
 
 def _is_input(uri: str, root: str) -> bool:
@@ -151,6 +150,8 @@ def _is_input(uri: str, root: str) -> bool:
 
 
 def _nothing_found(input_uri: str, files: list[storage.FileInfo]) -> str:
+    if not files and input_uri.startswith(("http://", "https://")):  # fsspec tells both in the same way
+        return f"--input {input_uri}: no such file, or its host can't be reached"
     if not files:
         return f"--input {input_uri}: nothing there (no such file, or an empty folder); check the path"
     return (

@@ -14,6 +14,7 @@ from pipeline.inference.ledger import read_ledger
 from pipeline.inference.lock import check_free
 from pipeline.inference.plan import (
     changed_shards,
+    check_clearable,
     check_output,
     limited,
     plan_work,
@@ -22,7 +23,7 @@ from pipeline.inference.plan import (
     run_fingerprint,
     thresholds_by_label,
 )
-from pipeline.inference.run import check_clearable, check_writable, choose_pool
+from pipeline.inference.run import check_writable, choose_pool
 from pipeline.model import checkpoint
 from pipeline.model.spec import ModelSpec
 from pipeline.results.parts import read_parts
@@ -53,7 +54,7 @@ def dry_run(config: InferConfig) -> str:
         choose_pool(config)  # the cluster has GPUs
     parts = [] if config.overwrite else read_parts(config.output)
     ledger = read_ledger(config.output, parts)
-    redone = changed_shards(config, shards, ledger)
+    redone = {} if config.overwrite else changed_shards(config, shards, ledger)
     work = limited(plan_work(config, shards, ledger, redone), config.limit)
     size = f"{spec.input_width}x{spec.input_height}"
     lines = [

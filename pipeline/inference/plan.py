@@ -22,7 +22,7 @@ from pipeline.inference.blocks import ReadSettings, Work
 from pipeline.inference.ledger import Ledger, read_ledger, sweep, without_repeats
 from pipeline.model import checkpoint
 from pipeline.model.spec import ModelSpec
-from pipeline.results.parts import Part, part_names
+from pipeline.results.parts import Part
 
 # A Ray task reads some shards, one after the other, and opens the next one meanwhile. Between two tasks a
 # core is idle (Ray Data notices an end tenths of a second late, then the first shard is fetched): few large
@@ -64,6 +64,8 @@ class Plan:
     work: list[Work]
     num_finished_shards: int
     """Those in which nothing is left to do; `--limit` leaves out others."""
+    stale: dict[str, tuple[int, str]]
+    """Shards that changed since they were run: size and etag of then, until they are run again."""
     round: int
     """0, or higher where this run's rows replace older ones of the same image."""
     settings: ReadSettings
@@ -173,10 +175,9 @@ def check_output(config: InferConfig, fingerprint: dict[str, object]) -> None:
                 f"--output {config.output} holds other files (such as {min(foreign)!r}); take an empty folder"
             )
         return
-    try:
-        before = json.loads(storage.read_bytes(record))["fingerprint"]
-    except (ValueError, TypeError, KeyError) as error:
-        raise ConfigError(f"{record} is damaged ({error}): give another --output, or --overwrite") from error
+    before = _recorded_fingerprint(config.output)
+    if before is None:
+        raise ConfigError(f"{record} is damaged: give another --output, or --overwrite")
     if before != json.loads(json.dumps(fingerprint)):
         raise ConfigError(
             f"--output {config.output} was made with other settings: "
@@ -185,10 +186,38 @@ def check_output(config: InferConfig, fingerprint: dict[str, object]) -> None:
         )
 
 
+def check_clearable(output: str) -> None:
+    """Whether `--overwrite` may delete what is in the output.
+
+    Raises:
+        ConfigError: files that no run wrote, or another job's.
+    """
+    if storage.exists(storage.join(output, "_run", "config.json")):
+        _recorded_fingerprint(output)
+    elif foreign_files(output):
+        raise ConfigError(f"--overwrite: {output} holds files that no run wrote; delete them by hand")
+
+
+def _recorded_fingerprint(output: str) -> dict[str, object] | None:
+    """That of the run that wrote the output; None where its record is damaged.
+
+    Raises:
+        ConfigError: another job's output.
+    """
+    try:
+        record = json.loads(storage.read_bytes(storage.join(output, "_run", "config.json")))
+    except ValueError:
+        return None
+    if not isinstance(record, dict) or "fingerprint" not in record:
+        raise ConfigError(f"--output {output} is another job's output (of training?); take another folder")
+    return record["fingerprint"]
+
+
 def foreign_files(output: str) -> set[str]:
     """Names in a folder without a run's record that are not what a run leaves before its first part."""
     names = storage.list_names(output) - {"_run"}
-    return {name for name in names if name not in ("images", "detections") or part_names(output, name)}
+    tables = ("images", "detections")
+    return {n for n in names if n not in tables or storage.list_names(storage.join(output, n))}
 
 
 def _differences(before: dict[str, object], now: dict[str, object], prefix: str = "") -> list[str]:
@@ -218,9 +247,9 @@ def make_plan(config: InferConfig, settings: ReadSettings, fingerprint: str, sha
     if ledger.num_rows > len(ledger.keys):
         known = without_repeats(config.output, known)
         ledger = read_ledger(config.output, known)
-    redone = changed_shards(config, shards, ledger)
-    left = plan_work(config, shards, ledger, redone)
-    retry = config.retry_failed or bool(redone)
+    stale = changed_shards(config, shards, ledger)
+    left = plan_work(config, shards, ledger, stale)
+    retry = config.retry_failed or bool(stale)
     return Plan(
         output=config.output,
         shards=shards,
@@ -228,6 +257,7 @@ def make_plan(config: InferConfig, settings: ReadSettings, fingerprint: str, sha
         known=known,
         work=limited(left, config.limit),
         num_finished_shards=len(shards) - len(left),
+        stale=stale,
         round=max((part.round for part in known), default=0) + 1 if retry and known else 0,
         settings=settings,
         fingerprint=fingerprint,
@@ -258,11 +288,17 @@ def _remaining(shard: Shard, ledger: Ledger, *, retry_failed: bool, anew: bool) 
     return Work(shard, frozenset(done[done >= 0].tolist()))
 
 
-def changed_shards(config: InferConfig, shards: Iterable[Shard], ledger: Ledger) -> set[str]:
-    """Shards with rows in the output whose size or etag is another one now."""
+def changed_shards(
+    config: InferConfig, shards: Iterable[Shard], ledger: Ledger
+) -> dict[str, tuple[int, str]]:
+    """Shards with rows in the output whose size or etag is another one now, with those of then.
+
+    Raises:
+        ConfigError: there are some, without `--redo-changed`.
+    """
     before = recorded_shards(config.output)
     changed = {
-        shard.name
+        shard.name: before[shard.name]
         for shard in shards
         if shard.name in ledger.codes
         and before.get(shard.name, (shard.num_bytes, shard.etag)) != (shard.num_bytes, shard.etag)
@@ -308,9 +344,19 @@ def limited(work: list[Work], limit: int) -> list[Work]:
     return kept
 
 
-def save_shards(plan: Plan) -> None:
-    """Record the input's shards with size and etag in `_run/shards.parquet`."""
-    columns = {name: [getattr(shard, name) for shard in plan.shards] for name in SHARDS.names}
+def save_shards(plan: Plan, *, done: bool = False) -> None:
+    """Record the input's shards with size and etag in `_run/shards.parquet`.
+
+    Those that changed keep the state of their rows until the plan's work is `done`: a run that is killed
+    before, or that `--limit` ends, leaves rows of the older content.
+    """
+    stale = plan.stale.keys() - ({work.shard.name for work in plan.work} if done else set())
+    columns: dict[str, list[object]] = {
+        name: [getattr(shard, name) for shard in plan.shards] for name in SHARDS.names
+    }
+    for i, shard in enumerate(plan.shards if stale else ()):
+        if shard.name in stale:
+            columns["num_bytes"][i], columns["etag"][i] = plan.stale[shard.name]
     buffer = io.BytesIO()
     pq.write_table(pa.table(columns, schema=SHARDS), buffer, compression="zstd")
     storage.write_atomic(storage.join(plan.output, "_run", "shards.parquet"), buffer.getvalue())

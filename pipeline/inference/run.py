@@ -30,9 +30,9 @@ from pipeline.inference.lock import Lock
 from pipeline.inference.monitor import monitoring, progress_of
 from pipeline.inference.plan import (
     Plan,
+    check_clearable,
     check_output,
     digest,
-    foreign_files,
     group_tasks,
     make_plan,
     portable_weights,
@@ -119,6 +119,8 @@ def infer(config: InferConfig, *, detector: type | None = None) -> Report:
             if plan.work
             else Outcome(progress_of(plan), num_detectors=0, over_budget=False)
         )
+        if plan.stale and not done.over_budget:
+            save_shards(plan, done=True)
         run = run_name(lock)
         parts = remove_late(config.output, plan.known, run, lock=lock.ref, over=not done.over_budget)
         superseded = plan.round > 0 or plan.ledger.num_rows > len(plan.ledger.keys)
@@ -383,12 +385,6 @@ def check_writable(output: str) -> None:
             )
     except (OSError, PipelineError) as error:
         raise ConfigError(f"--output {output} can't be written: {error}") from error
-
-
-def check_clearable(output: str) -> None:
-    """Raises: ConfigError: files that no run wrote."""
-    if not storage.exists(storage.join(output, "_run", "config.json")) and foreign_files(output):
-        raise ConfigError(f"--overwrite: {output} holds files that no run wrote; delete them by hand")
 
 
 def clear(output: str) -> None:

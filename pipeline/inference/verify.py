@@ -1,7 +1,7 @@
 """The proof that an output is complete: every image of every shard exactly once, and nothing else.
 
-Reads every column of every part, one row group at a time, with the checksums of its pages; memory is 24 bytes
-an image.
+Reads every column of every part, with the checksums of its pages; memory is 24 bytes an image and the ids of
+one part.
 """
 
 from collections import Counter
@@ -14,7 +14,7 @@ import pyarrow.parquet as pq
 
 from pipeline import schema, storage
 from pipeline.data.shards import Shard, list_shards
-from pipeline.errors import StorageError
+from pipeline.errors import DamagedError
 from pipeline.inference.ledger import Ledger, read_ledger
 from pipeline.inference.plan import recorded_shards
 from pipeline.results.parts import Part, counting, part_names, read_parts, reading
@@ -45,9 +45,10 @@ def verify(input_uri: str, output: str) -> Proof:
     """
     shards = list_shards(input_uri)
     names = part_names(output, "images")
-    parts, problems = _described(output, names)
-    problems += [
-        *_orphans(output, names, parts),
+    parts, damaged = _described(output, names)
+    problems = [
+        *damaged.values(),
+        *_orphans(output, names - damaged.keys(), parts, complete=not damaged),
         *_one_value("fingerprint", {part.fingerprint for part in parts}),
     ]
     num_detections = 0
@@ -71,19 +72,19 @@ def verify(input_uri: str, output: str) -> Proof:
     )
 
 
-def _described(output: str, names: set[str]) -> tuple[list[Part], list[str]]:
-    """The parts that count, and a line for each whose footer is damaged."""
+def _described(output: str, names: set[str]) -> tuple[list[Part], dict[str, str]]:
+    """The parts that count, and what is wrong with those whose footer is damaged, by name."""
     try:
-        return read_parts(output, names), []
-    except StorageError:
+        return read_parts(output, names), {}
+    except DamagedError:
         pass  # one by one, to name them all
-    parts, problems = [], []
+    parts, damaged = [], {}
     for name in sorted(names):
         try:
             parts += read_parts(output, [name])
-        except StorageError as error:
-            problems.append(str(error))
-    return counting(parts), problems
+        except DamagedError as error:
+            damaged[name] = str(error)
+    return counting(parts), damaged
 
 
 def proof_text(proof: Proof) -> str:
@@ -108,12 +109,13 @@ def _one_value(what: str, values: set[str]) -> Iterator[str]:
         yield f"parts of {len(values)} different {what}s: {', '.join(sorted(values)[:EXAMPLES])}"
 
 
-def _orphans(output: str, names: set[str], parts: Sequence[Part]) -> Iterator[str]:
+def _orphans(output: str, names: set[str], parts: Sequence[Part], *, complete: bool) -> Iterator[str]:
+    """Files that don't count or are missing; `complete`: every images part could be asked what it names."""
     replaced = sorted(names - {part.name for part in parts})
     if replaced:
         yield f"{len(replaced)} images parts were replaced but not deleted, {_such_as(replaced)}"
     there, named = part_names(output, "detections"), {part.detections for part in parts}
-    if orphans := sorted(there - named):
+    if complete and (orphans := sorted(there - named)):
         yield f"{len(orphans)} detections parts that no images part names, {_such_as(orphans)}"
     if lost := sorted(named - there):
         yield f"{len(lost)} detections parts are missing, {_such_as(lost)}"
@@ -139,7 +141,7 @@ def _shards(shards: Sequence[Shard], ledger: Ledger) -> Iterator[str]:
 def _changed(output: str, shards: Sequence[Shard]) -> Iterator[str]:
     try:
         before = recorded_shards(output)
-    except StorageError as error:
+    except DamagedError as error:
         yield str(error)
         return
     now = {shard.name: (shard.num_bytes, shard.etag) for shard in shards}
@@ -152,7 +154,7 @@ def _check_part(output: str, part: Part) -> tuple[np.ndarray | None, int, list[s
     problems: list[str] = []
     try:
         rows = _whole(output, "images", part.name, problems)
-    except StorageError as error:
+    except DamagedError as error:
         return None, 0, [str(error)]
     ids, counts = rows["image_id"].to_pylist(), rows["num_detections"].to_pylist()
     hashes = np.fromiter(map(hash, ids), np.int64, len(ids))
@@ -160,7 +162,7 @@ def _check_part(output: str, part: Part) -> tuple[np.ndarray | None, int, list[s
         boxes = _whole(output, "detections", part.detections, problems)
     except FileNotFoundError:
         return hashes, 0, problems  # reported with the orphans
-    except StorageError as error:
+    except DamagedError as error:
         return hashes, 0, [*problems, str(error)]
     of_image = Counter(boxes["image_id"].cast(pa.string()).to_pylist())
     said = Counter({image: count for image, count in zip(ids, counts, strict=True) if count})
@@ -175,7 +177,7 @@ def _whole(output: str, table: str, name: str, problems: list[str]) -> pa.Table:
     """Read all of a file, keep its ids and counts; other columns than the schema's are a problem.
 
     Raises:
-        StorageError: it is damaged.
+        DamagedError: it can't be parsed.
     """
     filesystem, root = storage.arrow_filesystem(output)
     wanted = schema.IMAGES if table == "images" else schema.DETECTIONS

@@ -17,7 +17,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from pipeline import schema, storage
-from pipeline.errors import ConfigError, StorageError
+from pipeline.errors import ConfigError, DamagedError
 
 FOOTER_THREADS = 16  # a small request each: latency counts, not the processor
 
@@ -42,7 +42,7 @@ def read_parts(output: str, names: Iterable[str] | None = None) -> list[Part]:
 
     Raises:
         ConfigError: another schema version.
-        StorageError: a part is damaged.
+        DamagedError: a part can't be parsed.
     """
     if names is None:
         names = part_names(output, "images")
@@ -59,15 +59,15 @@ def read_parts(output: str, names: Iterable[str] | None = None) -> list[Part]:
 
 @contextmanager
 def reading(uri: str) -> Iterator[None]:
-    """Turns what pyarrow raises of a damaged images part into a `StorageError` that says what to do."""
+    """Turns what pyarrow raises of a damaged part into a `DamagedError` that says what to do."""
     try:
         yield
     except FileNotFoundError:
         raise
     except (pa.ArrowException, OSError) as error:
-        raise StorageError(
-            f"{uri} can't be read ({error}). If it is damaged, delete this file: "
-            "the same command of jobs/infer.py then runs its images again"
+        raise DamagedError(
+            f"{uri} can't be read ({error}). If it is damaged, delete this file and run jobs/infer.py again: "
+            "it runs what is missing then (with --retry-failed or --redo-changed, if those wrote it)"
         ) from error
 
 

@@ -79,15 +79,13 @@ def test_a_pattern_selects_shards(tmp_path):
 
 
 def test_the_tables_of_a_run_below_the_input_are_no_shards(tmp_path):
-    for name in ("a.tar", "out/_run/config.json", "out/_run/shards.parquet", "out/images/part-0.parquet",
-                 "out/detections/part-0.parquet", "out/b.tar", "images/part-0.parquet"):  # fmt: skip
+    tables = ("_run/config.json", "_run/shards.parquet", "images/part-0.parquet", "detections/part-0.parquet")
+    mine = ("a.tar", "images/part-0.parquet", "out/b.tar", "out/images/mine.jpg")
+    for name in (*mine, *(f"out/{table}" for table in tables)):
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / name).touch()
-    assert [shard.name for shard in list_shards(str(tmp_path))] == [
-        "a.tar",
-        "images/part-0.parquet",
-        "out/b.tar",
-    ]
+    assert [shard.name for shard in list_shards(str(tmp_path))] == list(mine)
+    assert [shard.name for shard in list_shards(f"{tmp_path}/*.parquet")] == ["images/part-0.parquet"]
 
 
 def test_a_folder_with_brackets_in_its_name_is_no_pattern(tmp_path):

@@ -1,21 +1,30 @@
 """How a run's shards become Ray tasks, and images blocks."""
 
+import functools
+import json
+
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 from pipeline.config import InferConfig
-from pipeline.data.shards import Kind, Shard
+from pipeline.data.shards import Kind, Shard, list_shards
+from pipeline.errors import ConfigError
 from pipeline.inference.blocks import Work
 from pipeline.inference.plan import (
     MAX_TASKS,
     MIN_TASKS_PER_CORE,
     TASK_BYTES,
+    check_clearable,
+    check_output,
     group_tasks,
+    make_plan,
     read_settings,
+    save_shards,
 )
 from pipeline.inference.run import Pool, is_slow
 from pipeline.model.ssd import build_model
+from tests.outputs import image, write_part
 
 
 def shards(count: int, *, num_bytes: int, kind: Kind = "tar") -> list[Work]:
@@ -96,3 +105,78 @@ def test_a_block_holds_as_many_whole_batches_as_fit_or_one(architecture, batch_s
 def test_large_models_on_cpus_commit_after_a_few_images(architecture, device, expected):
     pool = Pool(device=device, min_size=1, max_size=1, batch_size=32, threads=1)
     assert is_slow(pool, build_model(architecture, num_classes=2).spec) is expected
+
+
+# ---- what a run finds in its output ------------------------------------------------------------------
+
+
+def planned(source, output, **flags):
+    settings = read_settings(InferConfig(), build_model("ssdlite300_mobilenet_v2", num_classes=2).spec)
+    config = InferConfig(input=str(source), output=str(output), **flags)
+    return make_plan(config, settings, "f1", list_shards(str(source)))
+
+
+@pytest.mark.parametrize("finished", [False, True])
+def test_a_changed_shard_counts_as_changed_until_it_was_run_again(tmp_path, finished):
+    source, output = tmp_path / "in", tmp_path / "out"
+    source.mkdir()
+    plan = functools.partial(planned, source, output)
+    (source / "a.tar").write_bytes(b"first")
+    write_part(output, "part-0", [image("a.tar/0.jpg", shard_size=1)], [])
+    save_shards(plan())
+    (source / "a.tar").write_bytes(b"another content")
+    again = plan(redo_changed=True)
+    assert [work.shard.name for work in again.work] == ["a.tar"]
+    save_shards(again)  # and here the run is killed, or not
+    if finished:
+        save_shards(again, done=True)
+        assert plan().stale == {}
+    else:
+        with pytest.raises(ConfigError, match=r"1 shards changed .*a\.tar"):
+            plan()
+
+
+def test_changed_shards_that_limit_left_out_stay_changed(tmp_path):
+    source, output = tmp_path / "in", tmp_path / "out"
+    source.mkdir()
+    plan = functools.partial(planned, source, output)
+    rows = [image(f"{n}.tar/0.jpg", shard=f"{n}.tar", shard_size=1) for n in "ab"]
+    for content in (b"first", b"another content"):
+        for n in "ab":
+            (source / f"{n}.tar").write_bytes(content)
+        if content == b"first":
+            write_part(output, "part-0", rows, [])
+            save_shards(plan())
+    again = plan(redo_changed=True, limit=1)
+    assert [work.shard.name for work in again.work] == ["a.tar"]
+    save_shards(again, done=True)
+    assert plan(redo_changed=True).stale.keys() == {"b.tar"}
+
+
+@pytest.mark.parametrize(
+    "name", ["images/mine.jpg", "images/deep/x.parquet", "detections/x.txt", "thesis.txt"]
+)
+def test_a_folder_with_other_files_is_neither_taken_nor_cleared(tmp_path, name):
+    (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+    (tmp_path / name).touch()
+    with pytest.raises(ConfigError, match="holds other files"):
+        check_output(InferConfig(input="in", output=str(tmp_path)), {})
+    with pytest.raises(ConfigError, match="no run wrote"):
+        check_clearable(str(tmp_path))
+
+
+def test_the_output_of_training_is_neither_taken_nor_cleared(tmp_path):
+    (tmp_path / "_run").mkdir()
+    (tmp_path / "_run" / "config.json").write_text(json.dumps({"flags": {}, "decided": {}}))
+    for check in (lambda: check_output(InferConfig(input="in", output=str(tmp_path)), {}),
+                  lambda: check_clearable(str(tmp_path))):  # fmt: skip
+        with pytest.raises(ConfigError, match="another job's output"):
+            check()
+
+
+def test_a_damaged_record_is_refused_and_may_be_overwritten(tmp_path):
+    (tmp_path / "_run").mkdir()
+    (tmp_path / "_run" / "config.json").write_text('{"finger')
+    with pytest.raises(ConfigError, match=r"config\.json is damaged"):
+        check_output(InferConfig(input="in", output=str(tmp_path)), {})
+    check_clearable(str(tmp_path))

@@ -78,6 +78,7 @@ def test_a_damaged_part_is_named(folders, which, damage):
     assert len(named) == 1
     assert "can't be read" in named[0]
     assert "delete this file" in named[0]
+    assert not any("replaced" in line or "no images part names" in line for line in found)
 
 
 @pytest.mark.parametrize("which", [images_part, boxes_part])
