@@ -37,7 +37,7 @@ test-ray: $(READY)
 
 OTHERS := .pytest-without-ray.log
 test-beside: $(READY)
-	@nice $(BIN)/python -m pytest -q -m "not ray" -p no:cacheprovider -o timeout=1200 >$(OTHERS) 2>&1; \
+	@nice $(BIN)/python -m pytest -q -m "not ray" -n 0 -p no:cacheprovider -o timeout=1200 >$(OTHERS) 2>&1; \
 	code=$$?; cat $(OTHERS); exit $$code
 
 test-fast: $(READY)  ## tests that start no Ray cluster

@@ -76,14 +76,13 @@ def prior_layers(size, sizes, *, clip=False):
 
 def caffemodel(layers, scale, *, priors=b""):
     """Bytes of a training network: weights, and layers without any."""
-    net = bytes_field(1, b"VGG_SSD_train") + layer("data", "AnnotatedData", more=number_field(10, 0))
+    net = [bytes_field(1, b"VGG_SSD_train"), layer("data", "AnnotatedData", more=number_field(10, 0))]
     for name, blobs in layers.items():
-        net += layer(name, "Convolution", blobs=blobs)
+        net.append(layer(name, "Convolution", blobs=blobs))
         if not name.endswith(("_loc", "_conf")):
-            net += layer(f"{name}_relu", "ReLU")
-    return (
-        net + layer("conv4_3_norm", "Normalize", blobs=[scale]) + priors + layer("mbox_loss", "MultiBoxLoss")
-    )
+            net.append(layer(f"{name}_relu", "ReLU"))
+    net += [layer("conv4_3_norm", "Normalize", blobs=[scale]), priors, layer("mbox_loss", "MultiBoxLoss")]
+    return b"".join(net)
 
 
 def original_priors(size, sizes, *, clip=False):
