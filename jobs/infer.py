@@ -46,4 +46,4 @@ def main(config: InferConfig) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(run_job(main, InferConfig, __doc__))
+    sys.exit(run_job(main, InferConfig, __doc__, resumes=True))

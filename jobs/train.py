@@ -25,4 +25,4 @@ def main(config: TrainConfig) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(run_job(main, TrainConfig, __doc__))
+    sys.exit(run_job(main, TrainConfig, __doc__, resumes=True))

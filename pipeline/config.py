@@ -17,8 +17,12 @@ Config = TypeVar("Config")
 REFUSED = 2  # exit code: bad flags, or a request that is refused
 
 
-def run_job(main: Callable[[Config], int], config: type[Config], description: str | None) -> int:
+def run_job(
+    main: Callable[[Config], int], config: type[Config], description: str | None, *, resumes: bool = False
+) -> int:
     """Parse the command line into `config` and run `main` with it.
+
+    `resumes` says that the same command goes on where an earlier one stopped.
 
     Returns:
         The exit code: what `main` returns, 2 where flags or input are refused (one line, no traceback), 130
@@ -37,7 +41,7 @@ def run_job(main: Callable[[Config], int], config: type[Config], description: st
     try:
         return main(tyro.cli(config, description=description))
     except KeyboardInterrupt:
-        print("stopped; the same command goes on from here", file=sys.stderr)
+        print("stopped" + "; the same command goes on from here" * resumes, file=sys.stderr)
         return 128 + stopped_by
     except PipelineError as error:
         print(f"error: {error}", file=sys.stderr)
