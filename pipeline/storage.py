@@ -28,6 +28,7 @@ ATTEMPTS = 8  # with the pauses below: gives up after about 30 s of trouble
 FIRST_PAUSE_S = 0.1
 LONGEST_PAUSE_S = 10.0
 READ_AHEAD_BYTES = 1 << 20  # of files that are read from end to end
+_UNFINISHED = ".tmp"  # ends the names of local files that are being written
 
 # botocore/S3 and HTTP answers that are worth another try.
 _TRANSIENT_CODES = {
@@ -340,6 +341,13 @@ def delete_folder(uri: str) -> None:
     delete(file.uri for file in _list(uri))
 
 
+def delete_unfinished(uri: str) -> None:
+    """Delete what killed writers left of files in the folder `uri`; object stores keep nothing of these."""
+    if is_local(uri):
+        names = list_names(uri)
+        delete(join(uri, name) for name in names if name.startswith(".") and name.endswith(_UNFINISHED))
+
+
 # ---- retries -----------------------------------------------------------------------------------------
 
 _retries = 0
@@ -415,26 +423,31 @@ def _explain(error: BaseException) -> str:
 # ---- local files and listings ------------------------------------------------------------------------
 
 
-def _temporary_beside(path: str, data: bytes) -> str:
-    """Write `data` to a hidden file in the folder of `path`."""
+@contextlib.contextmanager
+def _temporary_beside(path: str, data: bytes) -> Iterator[str]:
+    """The path of a hidden file of `data` in the folder of `path`; gone at the end, unless it was renamed."""
     folder, name = os.path.split(path)
     os.makedirs(folder, exist_ok=True)
-    temporary = os.path.join(folder, f".{name}.{uuid.uuid4().hex}.tmp")
-    with open(temporary, "wb") as file:
-        file.write(data)
-    return temporary
+    temporary = os.path.join(folder, f".{name}.{uuid.uuid4().hex}{_UNFINISHED}")
+    try:
+        with open(temporary, "wb") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())  # else a power cut can leave the name without the bytes
+        yield temporary
+    finally:
+        with contextlib.suppress(FileNotFoundError):
+            os.unlink(temporary)
 
 
 def _replace_local(path: str, data: bytes) -> None:
-    os.replace(_temporary_beside(path, data), path)
+    with _temporary_beside(path, data) as temporary:
+        os.replace(temporary, path)
 
 
 def _link_local(path: str, data: bytes) -> None:
-    temporary = _temporary_beside(path, data)
-    try:
+    with _temporary_beside(path, data) as temporary:
         os.link(temporary, path)  # fails with FileExistsError; a rename would overwrite
-    finally:
-        os.unlink(temporary)
 
 
 def _list(uri: str) -> Iterator[FileInfo]:
@@ -462,7 +475,7 @@ def _list_local(uri: str, path: str) -> Iterator[FileInfo]:
                 child = join(uri, entry.name)
                 if entry.is_dir():
                     yield from _list_local(child, entry.path)
-                elif entry.is_file() and not entry.name.endswith(".tmp"):
+                elif entry.is_file() and not entry.name.endswith(_UNFINISHED):
                     stat = entry.stat()
                     yield FileInfo(child, stat.st_size, str(stat.st_mtime_ns))
     except FileNotFoundError:

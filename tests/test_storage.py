@@ -1,6 +1,8 @@
 """Storage: the same behaviour on a local disk and on S3, clear errors, retries that are counted."""
 
 import errno
+import os
+import resource
 import threading
 
 import pytest
@@ -74,6 +76,30 @@ def test_of_racing_creators_exactly_one_wins(folder):
         thread.join()
     assert len(won) == 1
     assert storage.read_bytes(f"{folder}/x") == str(won[0]).encode()
+
+
+@pytest.mark.parametrize("write", [storage.write_atomic, storage.create_exclusive])
+def test_a_local_file_has_its_bytes_on_the_disk_before_its_name(tmp_path, monkeypatch, write):
+    synced = []
+
+    def fsync(number):
+        synced.append((os.fstat(number).st_size, (tmp_path / "x").exists()))
+
+    monkeypatch.setattr(os, "fsync", fsync)
+    write(str(tmp_path / "x"), b"12345")
+    assert synced == [(5, False)]
+
+
+@pytest.mark.parametrize("write", [storage.write_atomic, storage.create_exclusive])
+def test_a_write_that_fails_leaves_nothing(tmp_path, write):
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (1000, before[1]))  # as a full disk: the rest is refused
+    try:
+        with pytest.raises(StorageError, match="File too large"):
+            write(str(tmp_path / "x"), bytes(5000))
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_deleting_what_is_gone_is_fine(folder):

@@ -144,6 +144,8 @@ def sweep(output: str) -> list[Part]:
     Images parts that another one replaced, or whose boxes were swept before it landed; then detections parts
     that nobody names.
     """
+    for table in ("images", "detections"):
+        storage.delete_unfinished(storage.join(output, table))
     names = part_names(output, "images")
     listed = read_parts(output, names)
     there = part_names(output, "detections")

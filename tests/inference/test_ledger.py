@@ -111,6 +111,14 @@ def test_sweep_removes_detections_that_no_images_part_names(output, lock):
     assert len(naive(output, "detections")) == 2
 
 
+def test_sweep_removes_what_a_killed_writer_had_begun(output, lock):
+    for table in ("images", "detections"):
+        storage.write_atomic(f"{output}/{table}/.part-a.parquet.0123.tmp", b"PAR1")
+    ledger.sweep(output)
+    assert storage.list_files(output + "/images") == storage.list_files(output + "/detections") == []
+    assert storage.list_names(output + "/images") == storage.list_names(output + "/detections") == set()
+
+
 def test_a_writer_whose_run_was_taken_over_publishes_nothing(output, lock):
     storage.create_exclusive(f"{output}/_run/lock-{lock.number + 1:06d}", b"{}")
     with pytest.raises(StorageError, match="took this output over"):
