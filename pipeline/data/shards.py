@@ -41,6 +41,7 @@ MAX_IMAGE_BYTES = 256 * 1024 * 1024
 # A usual shard (1,000 photographs, 100 MB) stays in memory; more would weigh on small machines, where each
 # reader holds one shard and fetches the next.
 MAX_BYTES_IN_MEMORY = 256 * 1024 * 1024
+MAX_GZIP_RATIO = 100  # photographs hardly shrink; gzip makes up to 1,000 bytes of one
 _TEXT = (pa.string(), pa.large_string())
 _NUM_LOOKUPS = 32  # requests at a time for the sizes of listed URIs
 
@@ -291,8 +292,13 @@ def _fetched(shard: Shard) -> Iterator[IO[bytes]]:
 
 @contextmanager
 def _unpacked(file: IO[bytes], shard: Shard) -> Iterator[IO[bytes]]:
-    """`file`, or what a gzip file holds."""
+    """`file`, or what a gzip file holds.
+
+    Raises:
+        ShardError: a damaged gzip file, or one that would fill the disk.
+    """
     is_gzip = file.read(2) == b"\x1f\x8b"
+    limit = max(MAX_BYTES_IN_MEMORY, MAX_GZIP_RATIO * file.seek(0, io.SEEK_END))
     file.seek(0)
     if not is_gzip:
         yield file
@@ -302,6 +308,11 @@ def _unpacked(file: IO[bytes], shard: Shard) -> Iterator[IO[bytes]]:
             with gzip.open(file) as packed:
                 while block := packed.read(1 << 20):
                     copy.write(block)
+                    if copy.tell() > limit:
+                        raise ShardError(
+                            f"{shard.uri}: its gzip holds over {MAX_GZIP_RATIO} times its size; "
+                            "unpack it yourself, if it is no bomb"
+                        )
         except (EOFError, OSError, zlib.error) as error:
             raise ShardError(f"{shard.uri}: damaged gzip file ({error})") from error
         copy.seek(0)

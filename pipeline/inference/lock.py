@@ -100,7 +100,10 @@ def check_free(output: str) -> None:
 
 
 def _refuse_if_alive(folder: str, number: int) -> None:
-    lock = json.loads(storage.read_bytes(_lock_uri(folder, number)))
+    try:
+        lock = json.loads(storage.read_bytes(_lock_uri(folder, number)))
+    except ValueError:
+        return  # cut short by a power cut or a full disk, and no beat has repaired it
     age_s = time.time() - lock["heartbeat"]
     if lock["released"] or age_s > SILENCE_S:
         return

@@ -312,6 +312,14 @@ def test_a_damaged_tar_is_known_before_its_first_row(tmp_path, data, words):
         next(read_shard(shard_of(path)))
 
 
+def test_a_gzip_file_that_would_fill_the_disk_is_refused(tmp_path, monkeypatch):
+    monkeypatch.setattr(shards, "MAX_BYTES_IN_MEMORY", 1 << 20)
+    bomb = gzip.compress(bytes(5 << 20))
+    assert len(bomb) * shards.MAX_GZIP_RATIO < 5 << 20
+    with pytest.raises(ShardError, match=r"s\.tar: its gzip holds over 100 times its size"):
+        read_tar(tmp_path, bomb)
+
+
 def test_a_gzip_tar_reads_like_the_plain_one(tmp_path):
     assert [row.data for row in read_tar(tmp_path, gzip.compress(FIVE))] == [
         bytes([65 + i]) * 700 for i in range(5)

@@ -44,6 +44,13 @@ def test_a_dead_process_of_this_host_is_taken_over_at_once(output):
         assert lock.number == 2
 
 
+@pytest.mark.parametrize("left", [b"", b'{"host": "here", "pi'])
+def test_a_lock_that_a_power_cut_damaged_is_taken_over(output, left):
+    storage.write_atomic(storage.join(output, "_run", "lock-000001"), left)
+    with Lock(output) as lock:
+        assert lock.number == 2
+
+
 def test_another_host_is_taken_over_only_after_silence(output):
     with Lock(output):
         rewrite(output, 1, host="elsewhere", heartbeat=time.time() - SILENCE_S + 10)
