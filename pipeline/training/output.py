@@ -87,5 +87,10 @@ def record(config: TrainConfig, name: str) -> str:
 
 
 def read_json(uri: str) -> dict[str, Any] | None:
-    """A record; None where there is none."""
-    return json.loads(storage.read_bytes(uri)) if storage.exists(uri) else None
+    """A record; None where there is none. Raises: ConfigError: it is damaged."""
+    if not storage.exists(uri):
+        return None
+    try:
+        return json.loads(storage.read_bytes(uri))
+    except ValueError as error:
+        raise ConfigError(f"{uri} is damaged; take another --output, or delete this one by hand") from error
