@@ -8,6 +8,7 @@ and the older parts whose rows it took over. So one listing and the footers tell
 """
 
 import json
+import sys
 from collections.abc import Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
@@ -98,7 +99,7 @@ def describe(uri: str, name: str, metadata: Mapping[bytes, bytes], num_images: i
         run=metadata[schema.META_RUN].decode(),
         round=int(metadata.get(schema.META_ROUND, b"0")),
         fingerprint=metadata[schema.META_FINGERPRINT].decode(),
-        model=metadata.get(schema.META_MODEL, b"{}").decode(),
+        model=sys.intern(metadata.get(schema.META_MODEL, b"{}").decode()),  # kilobytes, in every part the same
         num_images=num_images,
         num_detections=int(metadata.get(schema.META_NUM_DETECTIONS, b"0")),
     )
