@@ -99,7 +99,7 @@ def describe(uri: str, name: str, metadata: Mapping[bytes, bytes], num_images: i
         run=metadata[schema.META_RUN].decode(),
         round=int(metadata.get(schema.META_ROUND, b"0")),
         fingerprint=metadata[schema.META_FINGERPRINT].decode(),
-        model=sys.intern(metadata.get(schema.META_MODEL, b"{}").decode()),  # kilobytes, in every part the same
+        model=sys.intern(metadata.get(schema.META_MODEL, b"{}").decode()),  # kilobytes, the same in all
         num_images=num_images,
         num_detections=int(metadata.get(schema.META_NUM_DETECTIONS, b"0")),
     )

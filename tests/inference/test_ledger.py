@@ -278,3 +278,10 @@ def test_every_part_says_version_fingerprint_and_its_detections(output, lock):
     assert part.fingerprint == "f"
     assert part_names(output, "detections") == {part.detections}
     assert (part.num_images, part.num_detections) == (1, 2)
+
+
+def test_the_parts_of_a_run_share_one_copy_of_its_models_description(output, lock):
+    for number in range(2):
+        publish(output, lock, f"part-{number}.parquet", [("x.tar", number, 2, "ok", 2)])
+    first, second = read_parts(output)
+    assert first.model is second.model
