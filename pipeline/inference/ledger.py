@@ -20,8 +20,8 @@ from pipeline.errors import StorageError
 from pipeline.inference.lock import LockRef
 from pipeline.results.parts import Part, part_names, read_parts, reading
 
-# Of a compacted part: a million images at 7 boxes each make twenty. The driver puts it together in memory: with
-# 250,000 images at once its peak grew by 178 MiB, with these by 70.
+# Of a compacted part: a million images at 7 boxes each make twenty. The driver puts it together in memory:
+# with 250,000 images at once its peak grew by 178 MiB, with these by 70.
 COMPACT_IMAGES = 50_000
 COMPACT_DETECTIONS = 500_000
 
