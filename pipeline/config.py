@@ -41,7 +41,7 @@ def run_job(
     try:
         return main(tyro.cli(config, description=description))
     except KeyboardInterrupt:
-        print("stopped" + "; the same command goes on from here" * resumes, file=sys.stderr)
+        print("stopped; the same command goes on from here" if resumes else "stopped", file=sys.stderr)
         return 128 + stopped_by
     except PipelineError as error:
         print(f"error: {error}", file=sys.stderr)
