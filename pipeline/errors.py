@@ -55,10 +55,18 @@ def _image_error(message: str, stage: str, kind: str) -> ImageError:
     return ImageError(message, stage=stage, kind=kind)
 
 
+_ADVICE = "\nFailed to apply UDF transform"  # what Ray Data (2.60) adds to the message of an error in a task
+
+
 def own_error(error: BaseException | None) -> PipelineError | None:
-    """The error of this package that a task on another process raised, out of its wrappings."""
+    """The error of this package that a task on another process raised, out of its wrappings.
+
+    Ray's wrapper is of both types, its message the remote traceback; `cause` is the error itself.
+    """
     while error is not None:
-        if isinstance(error, PipelineError):
+        if isinstance(error, PipelineError) and not hasattr(error, "cause"):
+            message, *others = error.args or ("",)
+            error.args = (str(message).partition(_ADVICE)[0], *others)
             return error
         error = getattr(error, "cause", None) or error.__cause__
     return None

@@ -9,7 +9,7 @@ from typing import Any
 import pyarrow as pa
 import ray
 import ray.exceptions
-from ray.data import ActorPoolStrategy, Dataset
+from ray.data import ActorPoolStrategy, Dataset, TaskPoolStrategy
 from ray.util.annotations import RayDeprecationWarning
 
 from pipeline import runtime, storage
@@ -42,7 +42,7 @@ from pipeline.inference.plan import (
     thresholds_by_label,
 )
 from pipeline.inference.report import Report, finish_report
-from pipeline.inference.sink import PartSink, Target
+from pipeline.inference.sink import Target, write_part
 from pipeline.model import checkpoint
 from pipeline.model.spec import ModelSpec
 from pipeline.results.parts import read_parts
@@ -72,11 +72,13 @@ class Pool:
     def num_writers(self) -> int:
         """Parts that are published at once: one waits tenths of a second for the store.
 
+        Not fewer than four: Ray Data (2.60) looks ten times a second for writers that are done. Two published
+        11 parts a second of the 13 that two readers of tiny images made; more and more waited in the driver.
         Without a limit Ray starts a process for each part that is ready and counts cores as theirs that
         readers could use: 0.39 of the speed of two processes that only read, decode and resize, where a limit
         alone made it 0.65 (benchmarks/feeding.py, two cores).
         """
-        return max(2, self.max_size * (8 if self.device == "cuda" else 1))
+        return max(4, self.max_size * (8 if self.device == "cuda" else 1))
 
 
 def infer(config: InferConfig, *, detector: type | None = None) -> Report:
@@ -200,12 +202,25 @@ def detect_shards(
 
 
 def write_parts(detected: Dataset, target: Target, *, num_writers: int, monitor: Any) -> None:
-    """Publish each detected block as one part."""
-    detected.write_datasink(
-        PartSink(target, monitor),
-        ray_remote_args={"num_cpus": 0, "max_retries": RETRIES},
-        concurrency=num_writers,
-    )
+    """Publish each detected block as one part (tasks), and run the chain.
+
+    Not with a Ray `Datasink`: the driver keeps what its writers return until the end, 0.1 GB for a million
+    tiny images.
+    """
+    with warnings.catch_warnings():  # as above
+        warnings.simplefilter("ignore", RayDeprecationWarning)
+        parts = detected.map_batches(
+            write_part,
+            fn_kwargs={"target": target, "monitor": monitor},
+            batch_size=None,
+            batch_format="pyarrow",
+            zero_copy_batch=True,
+            compute=TaskPoolStrategy(num_writers),
+            num_cpus=0,
+            max_retries=RETRIES,
+        )
+    for _ in parts.iter_internal_ref_bundles():
+        pass
 
 
 def _reader(

@@ -2,15 +2,12 @@
 
 import time
 from collections import Counter
-from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from typing import Any
 
 import pyarrow as pa
 import ray
-from ray.data import Datasink
 from ray.data._internal.execution.interfaces import TaskContext
-from ray.data.block import Block
 
 from pipeline import storage
 from pipeline.errors import BudgetError
@@ -31,40 +28,43 @@ class Target:
     lock: LockRef
 
 
-class PartSink(Datasink[Counts]):
-    """Writes each bundle of blocks as one part, exactly once.
+def write_part(block: pa.Table, *, target: Target, monitor: Any) -> pa.Table:
+    """Publish a block as one part, exactly once, and return its number of images.
 
     The part's name comes from Ray's task index, which stays the same when the task is retried: the first
     attempt that publishes counts, another one stops.
+
+    Args:
+        block: rows of `DetectImages`.
+        target: where to.
+        monitor: handle of the run's `Monitor` actor.
+
+    Raises:
+        BudgetError: too many images of the run failed.
     """
+    written = pa.table({"num_images": pa.array([len(block)], pa.int64())})
+    if not len(block):
+        return written
+    images, boxes = to_tables(block, target.class_names)
+    name = f"part-{target.run}-{_block_name()}.parquet"
+    start, retries = time.perf_counter(), storage.num_retries()
+    commit(target.output, name, images, boxes, target.metadata, lock=target.lock)
+    counts = count(block, boxes)
+    counts = replace(
+        counts,
+        write_s=time.perf_counter() - start,
+        num_retries=counts.num_retries + storage.num_retries() - retries,
+    )
+    if ray.get(monitor.add.remote(name, counts)):
+        raise BudgetError("too many images failed")
+    return written
 
-    def __init__(self, target: Target, monitor: Any) -> None:
-        self._target = target
-        self._monitor = monitor  # handle of the run's Monitor actor
 
-    def write(self, blocks: Iterable[Block], ctx: TaskContext) -> Counts:
-        """Publish one part and return what it holds."""
-        tables = [block for block in blocks if isinstance(block, pa.Table) and len(block)]
-        if not tables:
-            return Counts()
-        block = pa.concat_tables(tables)
-        images, boxes = to_tables(block, self._target.class_names)
-        name = f"part-{self._target.run}-{ctx.task_idx:06d}.parquet"
-        start, retries = time.perf_counter(), storage.num_retries()
-        commit(self._target.output, name, images, boxes, self._target.metadata, lock=self._target.lock)
-        counts = count(block, boxes)
-        counts = replace(
-            counts,
-            write_s=time.perf_counter() - start,
-            num_retries=counts.num_retries + storage.num_retries() - retries,
-        )
-        if ray.get(self._monitor.add.remote(name, counts)):
-            raise BudgetError("too many images failed")
-        return counts
-
-    def get_name(self) -> str:
-        """The stage's name in Ray's plan and metrics."""
-        return "Parts"
+def _block_name() -> str:
+    """The number of the task, and of its block where Ray gives a task more than one."""
+    task = TaskContext.get_current()
+    number = task.kwargs["block"] = task.kwargs.get("block", -1) + 1
+    return f"{task.task_idx:06d}" + (f".{number}" if number else "")
 
 
 def count(block: pa.Table, boxes: pa.Table) -> Counts:

@@ -67,20 +67,24 @@ def tables(target):
 
 
 def test_the_physical_plan_is_read_detect_write(folders, monkeypatch):
-    from pipeline.inference import run as module
+    from ray.data import Dataset
 
     make_tar_shard(folders[0] / "a.tar", 5)
     plans = []
-    write = module.write_parts
+    consume = Dataset.iter_internal_ref_bundles
 
-    def spy(detected, target, **settings):
-        write(detected, target, **settings)
-        plans.append(detected._write_ds.stats())
+    def spy(dataset):
+        yield from consume(dataset)
+        plans.append(dataset.stats())
 
-    monkeypatch.setattr(module, "write_parts", spy)
+    monkeypatch.setattr(Dataset, "iter_internal_ref_bundles", spy)
     run(*folders)
     operators = [line.split(":")[0] for line in plans[0].splitlines() if line.startswith("Operator ")]
-    assert operators == ["Operator 1 ReadShards", "Operator 2 MapBatches(FakeDetector)", "Operator 3 Write"]
+    assert operators == [
+        "Operator 1 ReadShards",
+        "Operator 2 MapBatches(FakeDetector)",
+        "Operator 3 MapBatches(write_part)",
+    ]
 
 
 def test_every_image_of_every_kind_of_input_has_one_row(folders):
@@ -344,23 +348,35 @@ def test_the_report_says_what_the_tables_say(folders):
 
 
 def test_a_part_that_is_tried_again_after_it_was_reported_counts_once(folders, tmp_path, monkeypatch):
-    from pipeline.inference.sink import PartSink
+    from pipeline.inference.sink import write_part
 
-    class DyingSink(PartSink):
-        def write(self, blocks, ctx):
-            counts = super().write(blocks, ctx)
-            try:
-                (tmp_path / "died").touch(exist_ok=False)
-            except FileExistsError:
-                return counts
-            os.kill(os.getpid(), signal.SIGKILL)
+    def write_and_die(block, **settings):
+        written = write_part(block, **settings)
+        try:
+            (tmp_path / "died").touch(exist_ok=False)
+        except FileExistsError:
+            return written
+        os.kill(os.getpid(), signal.SIGKILL)
 
-    monkeypatch.setattr("pipeline.inference.run.PartSink", DyingSink)
+    monkeypatch.setattr("pipeline.inference.run.write_part", write_and_die)
     source, target = folders
     make_tar_shard(source / "a.tar", 10)
     report = run(source, target)
     assert (tmp_path / "died").exists()
     assert (report.num_images, report.num_images_this_run) == (10, 10)
+
+
+def test_an_overtaken_run_says_so_in_one_line(folders, monkeypatch):
+    from pipeline.errors import StorageError
+
+    def overtaken(block, **settings):
+        raise StorageError("another run took this output over; this one stops")
+
+    monkeypatch.setattr("pipeline.inference.run.write_part", overtaken)
+    make_tar_shard(folders[0] / "a.tar", 10)
+    with pytest.raises(StorageError) as raised:
+        run(*folders)
+    assert str(raised.value) == "another run took this output over; this one stops"
 
 
 def test_files_carry_the_contract_and_two_runs_are_equal_to_the_byte(folders):
