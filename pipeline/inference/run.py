@@ -4,6 +4,7 @@ import json
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import pyarrow as pa
@@ -210,8 +211,7 @@ def write_parts(detected: Dataset, target: Target, *, num_writers: int, monitor:
     with warnings.catch_warnings():  # as above
         warnings.simplefilter("ignore", RayDeprecationWarning)
         parts = detected.map_batches(
-            write_part,
-            fn_kwargs={"target": target, "monitor": monitor},
+            partial(write_part, target=target, monitor=monitor),
             batch_size=None,
             batch_format="pyarrow",
             zero_copy_batch=True,

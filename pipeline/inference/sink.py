@@ -63,6 +63,7 @@ def write_part(block: pa.Table, *, target: Target, monitor: Any) -> pa.Table:
 def _block_name() -> str:
     """The number of the task, and of its block where Ray gives a task more than one."""
     task = TaskContext.get_current()
+    assert task is not None
     number = task.kwargs["block"] = task.kwargs.get("block", -1) + 1
     return f"{task.task_idx:06d}" + (f".{number}" if number else "")
 
