@@ -44,7 +44,7 @@ from tests.chaos.runs import (
 TITLES = {
     "detector": "ray::MapWorker",
     "reader": "ray::ReadShards",
-    "writer": "ray::Write",
+    "writer": "ray::MapBatches(write_part)",
     "monitor": "ray::Monitor",
 }
 TARGETS = ("driver", *TITLES, "raylet", "s3")
