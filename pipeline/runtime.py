@@ -118,7 +118,7 @@ def configure_data(*, block_bytes: int) -> DataContext:
 class ForgetBlocks(ExecutionCallback):
     """Drops the statistics that Ray Data (2.60) keeps of each block for `Dataset.stats()`.
 
-    They are 10 KB a block in the driver, which grew by 0.1 GB with every million images.
+    They are 4 KB a block in the driver, some 40 MB for a million tiny images (estimated from 1,000 blocks).
     """
 
     def on_execution_step(self, executor: Any) -> None:

@@ -205,8 +205,8 @@ def detect_shards(
 def write_parts(detected: Dataset, target: Target, *, num_writers: int, monitor: Any) -> None:
     """Publish each detected block as one part (tasks), and run the chain.
 
-    Not with a Ray `Datasink`: the driver keeps what its writers return until the end, 0.1 GB for a million
-    tiny images.
+    Not with a Ray `Datasink`: the driver keeps what its writers return until the end (11 MiB for 200,000 tiny
+    images).
     """
     with warnings.catch_warnings():  # as above
         warnings.simplefilter("ignore", RayDeprecationWarning)

@@ -61,7 +61,10 @@ def write_part(block: pa.Table, *, target: Target, monitor: Any) -> pa.Table:
 
 
 def _block_name() -> str:
-    """The number of the task, and of its block where Ray gives a task more than one."""
+    """The number of the task, and of its block where Ray gives a task more than one.
+
+    The same when the task is retried: within a task Ray Data (2.60) retries nothing, `max_map_retries` is 0.
+    """
     task = TaskContext.get_current()
     assert task is not None
     number = task.kwargs["block"] = task.kwargs.get("block", -1) + 1

@@ -66,7 +66,7 @@ def tables(target):
     ]
 
 
-def test_the_physical_plan_is_read_detect_write(folders, monkeypatch):
+def test_the_physical_plan_is_read_detect_write_and_the_driver_keeps_no_blocks(folders, monkeypatch):
     from ray.data import Dataset
 
     make_tar_shard(folders[0] / "a.tar", 5)
@@ -85,6 +85,7 @@ def test_the_physical_plan_is_read_detect_write(folders, monkeypatch):
         "Operator 2 MapBatches(FakeDetector)",
         "Operator 3 MapBatches(write_part)",
     ]
+    assert "blocks produced" not in plans[0]  # there without runtime.ForgetBlocks
 
 
 def test_every_image_of_every_kind_of_input_has_one_row(folders):
