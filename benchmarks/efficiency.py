@@ -20,6 +20,7 @@ from feeding import BATCH, SIZE, WORKERS, make_shards, pipeline_rate, plain_rate
 from pipeline import runtime
 from pipeline.config import InferConfig
 from pipeline.data.shards import list_shards
+from pipeline.inference.plan import BATCH_SIZE
 from pipeline.inference.run import LoadedDetector
 
 
@@ -46,11 +47,10 @@ def _detect(source: str, weights: str, queue: multiprocessing.Queue, ready: obje
     images = np.stack([pixels for pixels, _ in zip(resized([shard]), range(BATCH), strict=False)])
     detector = Detector(weights, score_threshold=0.05)
     sizes_N2 = np.full((len(images), 2), [640, 480], np.int32)
-    batch = InferConfig(input="x", output="y").batch_size
 
     def once() -> None:
-        for first in range(0, len(images), batch):
-            detector(images[first : first + batch], sizes_N2[first : first + batch])
+        for first in range(0, len(images), BATCH_SIZE):
+            detector(images[first : first + BATCH_SIZE], sizes_N2[first : first + BATCH_SIZE])
 
     once()
     ready.wait()  # type: ignore[attr-defined]

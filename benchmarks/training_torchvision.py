@@ -1,13 +1,15 @@
 """Our recipe against torchvision's, from the same weights, on the same images: AP and images per second.
 
     python benchmarks/training_torchvision.py --data BCCD [--images 4800] [--seeds 0 1 2] [--json FILE]
+                                              [--architecture ssd300_vgg16 --init VGG16_LAYERS --device cuda]
 
-Both sides begin with the bundled COCO weights and new class heads, see the same number of training images in
-batches of the same size, and are measured on BCCD's test list by the same code (COCO AP). Theirs is
-torchvision's own `SSD` class (its matcher, 3:1 mining, softmax loss, coder, post-processing) around the same
-layers, its "ssd" augmentation preset (photometric distortion, zoom-out, IoU crop, flip), and its reference
-loop: SGD with momentum 0.9 and weight decay 5e-4, linear warm-up over the first epoch, a tenth of the rate
-after 80/120 and 110/120 of the run. Threads and THP_MEM_ALLOC_ENABLE=1 are the same on both sides.
+Both sides begin with the same weights (the bundled COCO ones) and new class heads, see the same number of
+training images in batches of the same size, and are measured on BCCD's test list by the same code (COCO AP).
+Theirs is torchvision's own `SSD` class (its matcher, 3:1 mining, softmax loss, coder, post-processing) around
+the same layers, its "ssd" augmentation preset (photometric distortion, zoom-out, IoU crop, flip), and its
+reference loop: SGD with momentum 0.9 and weight decay 5e-4, linear warm-up over the first epoch, a tenth of
+the rate after 80/120 and 110/120 of the run. Threads, device and THP_MEM_ALLOC_ENABLE=1 are the same on both
+sides; on a GPU ours has bfloat16, its default, and theirs float32, its own (`--precision float32` for both).
 """
 
 import argparse
@@ -85,7 +87,8 @@ class Anchors(nn.Module):
 
     def forward(self, images: Any, _maps: list[Tensor]) -> list[Tensor]:
         """Corners [A, 4] for each image."""
-        return [self.corners for _ in images.image_sizes]  # type: ignore[return-value]
+        corners: Any = self.corners
+        return [corners for _ in images.image_sizes]
 
 
 def torchvision_model(ours: SSD) -> torchvision_ssd.SSD:
@@ -109,13 +112,13 @@ def torchvision_model(ours: SSD) -> torchvision_ssd.SSD:
     )
 
 
-def ssd_preset(mean: tuple[int, int, int]) -> v2.Compose:
+def ssd_preset(mean: list[int]) -> v2.Compose:
     """The preset "ssd" of torchvision's references/detection/presets.py."""
     return v2.Compose(
         [
             v2.ToImage(),
             v2.RandomPhotometricDistort(),
-            v2.RandomZoomOut(fill=list(mean)),
+            v2.RandomZoomOut(fill=mean),
             v2.RandomIoUCrop(),
             v2.RandomHorizontalFlip(p=0.5),
             v2.ToDtype(torch.float, scale=True),
@@ -144,8 +147,9 @@ def their_sample(data: bytes, row: dict, preset: v2.Compose) -> tuple[Tensor, di
 
 
 def ours(data: Tables, classes: Classes, seed: int, args: argparse.Namespace) -> dict[str, float]:
-    config = TrainConfig(train="t", val="v", output="o", seed=seed, batch_size=args.batch_size)
-    learner = Learner(initial_model(config, classes), make_recipe(config, device="cpu"))
+    config = train_config(seed, args, lr=args.lr, precision=args.precision)
+    recipe = make_recipe(config, device=args.device)
+    learner = Learner(initial_model(config, classes), recipe, device=args.device)
     epochs = args.images // len(data["train"])
     settings = sample_settings(config, learner.model.spec, num_epochs=epochs)
     num_steps, ingest_s, started = args.images // args.batch_size, 0.0, time.perf_counter()
@@ -158,15 +162,15 @@ def ours(data: Tables, classes: Classes, seed: int, args: argparse.Namespace) ->
     spec, test = learner.model.spec, data["test"]
     size = {"height": spec.input_height, "width": spec.input_width, "rule": spec.resize_rule}
     images = load_images(test, range(len(test)), **size)
-    numbers = validate(learner.averaged, [images], ground_truth(test, classes))
+    numbers = validate(learner.averaged, [images], ground_truth(test, classes), device=args.device)
     return numbers | speeds(num_steps * args.batch_size, ingest_s, seconds)
 
 
 def theirs(data: Tables, classes: Classes, seed: int, args: argparse.Namespace) -> dict[str, float]:
     torch.manual_seed(seed)
-    config = TrainConfig(train="t", val="v", output="o", seed=seed, freeze=0)
-    model = torchvision_model(initial_model(config, classes)).train()
-    preset = ssd_preset((128, 128, 128))
+    model = torchvision_model(initial_model(train_config(seed, args, freeze=0), classes))
+    model = model.to(args.device).train()
+    preset = ssd_preset([round(255 * value) for value in model.transform.image_mean])
     optimizer = torch.optim.SGD(model.parameters(), lr=args.their_lr, momentum=0.9, weight_decay=5e-4)
     num_steps, ingest_s, started = args.images // args.batch_size, 0.0, time.perf_counter()
     warmup = min(1000, len(data["train"]) // args.batch_size - 1)
@@ -178,12 +182,13 @@ def theirs(data: Tables, classes: Classes, seed: int, args: argparse.Namespace) 
         rate = args.their_lr * 0.1 ** sum(step / num_steps >= share for share in (80 / 120, 110 / 120))
         for group in optimizer.param_groups:
             group["lr"] = rate * max(0.001, min(1.0, step / warmup))
-        losses = model([image for image, _ in samples], [target for _, target in samples])
+        images = [image.to(args.device) for image, _ in samples]
+        losses = model(images, [{k: v.to(args.device) for k, v in target.items()} for _, target in samples])
         optimizer.zero_grad()
         (losses["bbox_regression"] + losses["classification"]).backward()
         optimizer.step()
     seconds = time.perf_counter() - started
-    found = their_detections(model.eval(), data["test"], classes)
+    found = their_detections(model.eval(), data["test"], classes, device=args.device)
     truth = ground_truth(data["test"], classes)
     curves = coco_curves(truth, found, sorted(truth.class_names))
     by_class = {f"AP/{truth.class_names[k]}": n["AP"] for k, n in class_numbers(curves).items()}
@@ -191,17 +196,26 @@ def theirs(data: Tables, classes: Classes, seed: int, args: argparse.Namespace) 
 
 
 @torch.inference_mode()
-def their_detections(model: torchvision_ssd.SSD, test: pa.Table, classes: Classes) -> Detected:
+def their_detections(
+    model: torchvision_ssd.SSD, test: pa.Table, classes: Classes, *, device: str
+) -> Detected:
     ids, columns = np.array([0, *classes.ids]), []
     for number, row in enumerate(test.to_pylist()):
         (data,) = fetch([row])
         image = decode(data)
-        (some,) = model([image / 255])
+        (some,) = model([image.to(device) / 255])
+        some = {name: values.cpu() for name, values in some.items()}
         corners = some["boxes"].double().numpy()
         xywh = np.concatenate([corners[:, :2], corners[:, 2:] - corners[:, :2]], axis=1)
         index = np.full(len(xywh), number, np.int32)
         columns.append((index, xywh, ids[some["labels"].numpy()], some["scores"].double().numpy()))
     return Detected(*(np.concatenate(column) for column in zip(*columns, strict=True)))
+
+
+def train_config(seed: int, args: argparse.Namespace, **flags: Any) -> TrainConfig:
+    """Flags that both sides share, and some of one side."""
+    shared = {"seed": seed, "batch_size": args.batch_size, "architecture": args.architecture}
+    return TrainConfig(train="t", val="v", output="o", init=args.init, **shared, **flags)
 
 
 def chosen(step: int, data: Tables, seed: int, args: argparse.Namespace) -> list[Any]:
@@ -218,6 +232,11 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--data", type=Path, required=True)
+    parser.add_argument("--architecture", default=TrainConfig(train="t", val="v", output="o").architecture)
+    parser.add_argument("--init", default="auto", help="as for jobs/train.py")
+    parser.add_argument("--device", default="cpu")
+    parser.add_argument("--precision", default="auto", help="of ours")
+    parser.add_argument("--lr", type=float, default=5e-4, help="of ours")
     parser.add_argument("--images", type=int, default=4800)
     parser.add_argument("--batch-size", type=int, default=8)
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])

@@ -13,6 +13,7 @@ from pipeline.inference.blocks import DetectImages, ReadSettings, Work, read_blo
 from pipeline.inference.ledger import read_ledger
 from pipeline.inference.lock import check_free
 from pipeline.inference.plan import (
+    BATCH_SIZE,
     changed_shards,
     check_clearable,
     check_output,
@@ -76,7 +77,7 @@ def _sample(
     few = work[:SAMPLE_IMAGES]
     block = next(read_blocks(few, replace(settings, images_per_block=SAMPLE_IMAGES)))
     read_s = time.perf_counter() - start
-    detector = DetectImages(weights, "cpu", thresholds_by_label(config, spec), config.batch_size, threads=0)
+    detector = DetectImages(weights, "cpu", thresholds_by_label(config, spec), BATCH_SIZE, threads=0)
     start = time.perf_counter()
     detected = detector(block)
     detect_s = time.perf_counter() - start

@@ -38,6 +38,7 @@ GUESSED_SHARD_IMAGES = 64  # for --limit
 # parts) in driver, detector and writer, so small ones are dear. Beyond 32 MB, though, glibc takes its memory
 # from the system anew, which zeroes every page of it (128 images: a third of the readers' time).
 BLOCK_BYTES = 30_000_000
+BATCH_SIZE = 32  # images; on GPUs a whole block
 
 DEFAULT_THRESHOLD = 0.05  # of classes that a file of thresholds doesn't name
 
@@ -108,7 +109,8 @@ def read_settings(config: InferConfig, spec: ModelSpec) -> ReadSettings:
 
 def _images_per_block(config: InferConfig, spec: ModelSpec) -> int:
     fitting = BLOCK_BYTES // (spec.input_height * spec.input_width * 3)
-    return max(1, fitting // config.batch_size) * config.batch_size
+    batch_size = config.batch_size or BATCH_SIZE
+    return max(1, fitting // batch_size) * batch_size
 
 
 def score_thresholds(config: InferConfig, spec: ModelSpec) -> dict[str, float]:

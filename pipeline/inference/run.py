@@ -1,7 +1,6 @@
 """The inference run: plan, the chain read -> detect -> write, finish check, compaction, report."""
 
 import json
-import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from functools import partial
@@ -11,7 +10,6 @@ import pyarrow as pa
 import ray
 import ray.exceptions
 from ray.data import ActorPoolStrategy, Dataset, TaskPoolStrategy
-from ray.util.annotations import RayDeprecationWarning
 
 from pipeline import runtime, storage
 from pipeline.config import InferConfig, flags
@@ -30,6 +28,7 @@ from pipeline.inference.ledger import (
 from pipeline.inference.lock import Lock
 from pipeline.inference.monitor import monitoring, progress_of
 from pipeline.inference.plan import (
+    BATCH_SIZE,
     Plan,
     check_clearable,
     check_output,
@@ -51,6 +50,7 @@ from pipeline.runlog import Progress, logger
 
 MAX_PASSES = 5  # the run itself, and again for what is missing or was in flight when a process died
 SLOW_IMAGES_PER_BLOCK = 16
+WHOLE_BLOCK = 4096  # more images than any block has
 
 # Logical: detectors and readers share the cores. Whole numbers: from fractions Ray Data (2.60) makes budgets
 # that are short of the last reader (0.89 for 0.9), and half the cores stood idle.
@@ -186,20 +186,16 @@ def detect_shards(
         num_cpus=READER_CPUS,
         max_retries=RETRIES,
     )
-    with warnings.catch_warnings():  # 2.60 has no other way to bound retries
-        warnings.simplefilter("ignore", RayDeprecationWarning)
-        return images.map_batches(
-            detector,
-            fn_constructor_kwargs=dict(detector_args),
-            batch_size=None,  # a block as it is; the detector makes its own batches
-            batch_format="pyarrow",
-            zero_copy_batch=True,
-            compute=ActorPoolStrategy(min_size=pool.min_size, max_size=pool.max_size),
-            num_cpus=DETECTOR_CPUS,
-            num_gpus=1 if pool.device == "cuda" else 0,
-            max_restarts=RETRIES,
-            max_task_retries=RETRIES,
-        )
+    return runtime.map_blocks(
+        images,
+        detector,
+        fn_constructor_kwargs=dict(detector_args),
+        compute=ActorPoolStrategy(min_size=pool.min_size, max_size=pool.max_size),
+        num_cpus=DETECTOR_CPUS,
+        num_gpus=1 if pool.device == "cuda" else 0,
+        max_restarts=RETRIES,
+        max_task_retries=RETRIES,
+    )
 
 
 def write_parts(detected: Dataset, target: Target, *, num_writers: int, monitor: Any) -> None:
@@ -208,17 +204,13 @@ def write_parts(detected: Dataset, target: Target, *, num_writers: int, monitor:
     Not with a Ray `Datasink`: the driver keeps what its writers return until the end (11 MiB for 200,000 tiny
     images).
     """
-    with warnings.catch_warnings():  # as above
-        warnings.simplefilter("ignore", RayDeprecationWarning)
-        parts = detected.map_batches(
-            partial(write_part, target=target, monitor=monitor),
-            batch_size=None,
-            batch_format="pyarrow",
-            zero_copy_batch=True,
-            compute=TaskPoolStrategy(num_writers),
-            num_cpus=0,
-            max_retries=RETRIES,
-        )
+    parts = runtime.map_blocks(
+        detected,
+        partial(write_part, target=target, monitor=monitor),
+        compute=TaskPoolStrategy(num_writers),
+        num_cpus=0,
+        max_retries=RETRIES,
+    )
     for _ in parts.iter_internal_ref_bundles():
         pass
 
@@ -378,7 +370,7 @@ def choose_pool(config: InferConfig) -> Pool:
         device=device,
         min_size=config.min_detectors or (1 if config.max_detectors else most),
         max_size=most,
-        batch_size=config.batch_size,
+        batch_size=config.batch_size or (WHOLE_BLOCK if device == "cuda" else BATCH_SIZE),
         threads=0 if device == "cuda" else max(1, cpus // most),
     )
 

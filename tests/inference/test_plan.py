@@ -82,6 +82,7 @@ def test_loose_images_come_many_to_a_task():
     ("architecture", "batch_size", "expected"),
     [
         ("ssdlite300_mobilenet_v2", 1, 111),  # 30 MB / (300 * 300 * 3)
+        ("ssdlite300_mobilenet_v2", 0, 96),
         ("ssdlite300_mobilenet_v2", 32, 96),  # three whole batches
         ("ssd512_vgg16", 32, 32),  # 38 would fit
         ("ssd512_vgg16", 64, 64),  # a batch is never cut

@@ -16,9 +16,11 @@ import ray
 from pipeline.config import InferConfig
 from pipeline.errors import ConfigError, PipelineError
 from pipeline.inference import blocks
+from pipeline.inference.run import Pool, detect_shards
 from pipeline.inference.verify import verify
 from pipeline.results import load_detections, load_images
 from tests import fakes
+from tests.inference.test_blocks import SETTINGS
 from tests.makers import make_jpeg, make_parquet_shard, make_tar, make_tar_shard
 
 pytestmark = [pytest.mark.ray, pytest.mark.usefixtures("ray_cluster")]
@@ -113,6 +115,21 @@ def test_every_image_of_every_kind_of_input_has_one_row(folders):
     assert images.num_detections.sum() == len(load_detections(target))
     assert (report.num_images, report.num_failed) == (107, 4)
     assert verify(str(source), str(target)).problems == []
+
+
+def test_a_detector_on_a_gpu_gets_blocks_as_they_are():
+    """Ray Data's public `map_batches` would refuse this plan."""
+    chain = detect_shards(
+        [[]],
+        settings=SETTINGS,
+        detector=fakes.NullDetector,
+        detector_args={},
+        pool=Pool(device="cuda", min_size=1, max_size=1, batch_size=16, threads=0),
+        monitor=None,
+    )
+    detecting: Any = chain._logical_plan.dag
+    assert detecting.ray_remote_args["num_gpus"] == 1
+    assert detecting.batch_size is None
 
 
 def test_a_second_run_infers_nothing_and_a_new_shard_only_itself(folders, seen):
