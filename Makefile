@@ -7,7 +7,7 @@ READY := $(VENV)/.ready
 export THP_MEM_ALLOC_ENABLE := 1
 
 .DEFAULT_GOAL := help
-.PHONY: help demo train-demo test test-ray test-beside test-fast check format clean
+.PHONY: help demo train-demo test test-ray test-beside test-fast test-gpu check format clean
 
 help:  ## list the targets
 	@awk 'BEGIN {FS = ":.*## "} /^[a-z-]+:.*## / {printf "  %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -42,6 +42,9 @@ test-beside: $(READY)
 
 test-fast: $(READY)  ## tests that start no Ray cluster
 	$(BIN)/python -m pytest -q -m "not ray"
+
+test-gpu: $(READY)  ## tests that need a CUDA device
+	$(BIN)/python -m pytest -q -n 0 -m gpu
 
 check: $(READY)  ## lint, format, types and import directions
 	$(BIN)/ruff check .

@@ -1,6 +1,6 @@
 """What an output already holds: the `images/` table read as a ledger, and its upkeep.
 
-A resume is an anti-join against it; `sweep` removes what dead writers left; `compact` leaves few files.
+A resume is an anti-join against it; `commit` adds a part; `sweep` removes what dead writers left.
 """
 
 import io
@@ -19,11 +19,6 @@ from pipeline import schema, storage
 from pipeline.errors import StorageError
 from pipeline.inference.lock import LockRef
 from pipeline.results.parts import Part, part_names, read_parts, reading
-
-# Of a compacted part: a million images at 7 boxes each make twenty. The driver puts it together in memory:
-# with 250,000 images at once its peak grew by 178 MiB, with these by 70.
-COMPACT_IMAGES = 50_000
-COMPACT_DETECTIONS = 500_000
 
 FOUND = "found.json"
 # So long an overtaken writer waits for the new run to look over the output: 10 s for ten million images.
@@ -105,7 +100,7 @@ def _keys(
     output: str, parts: Sequence[Part], codes: dict[str, int]
 ) -> Iterator[tuple[np.ndarray, pa.RecordBatch, np.ndarray]]:
     """Keys of the rows of each batch, the batch, and the codes of its shards; new shards go into `codes`."""
-    for table in _columns(output, parts, ["shard", "shard_index", "shard_size", "status"]):
+    for table in columns(output, parts, ["shard", "shard_index", "shard_size", "status"]):
         for batch in table.to_batches():
             names = batch["shard"].dictionary.to_pylist()
             code_of = np.array([codes.setdefault(name, len(codes)) for name in names], np.int64)
@@ -125,14 +120,15 @@ def _sorted_unique(arrays: list[np.ndarray]) -> tuple[np.ndarray, int]:
     return (values if keep.all() else values[keep]), len(keep)
 
 
-def _columns(output: str, parts: Iterable[Part], columns: list[str]) -> Iterator[pa.Table]:
+def columns(output: str, parts: Iterable[Part], names: list[str]) -> Iterator[pa.Table]:
+    """Some columns of the images `parts`, a row group at a time."""
     filesystem, root = storage.arrow_filesystem(output)
     for part in parts:
         with reading(f"{output}/images/{part.name}"):
             file = pq.ParquetFile(f"{root}/images/{part.name}", filesystem=filesystem)
         for group in range(file.num_row_groups):
             with reading(f"{output}/images/{part.name}"):
-                table = file.read_row_group(group, columns=columns, use_threads=False)
+                table = file.read_row_group(group, columns=names, use_threads=False)
             yield table
 
 
@@ -151,8 +147,8 @@ def sweep(output: str) -> list[Part]:
     listed = read_parts(output, names)
     there = part_names(output, "detections")
     parts = [part for part in listed if part.detections in there]
-    _delete(output, "images", names - {part.name for part in parts})
-    _delete(output, "detections", there - {part.detections for part in parts})
+    delete_parts(output, "images", names - {part.name for part in parts})
+    delete_parts(output, "detections", there - {part.detections for part in parts})
     return parts
 
 
@@ -177,9 +173,9 @@ def without_repeats(output: str, parts: Sequence[Part]) -> list[Part]:
     repeats = {newest_first[number].name for number in np.unique(ranks[order][1:][same])}
     kept = [part for part in parts if part.name not in repeats]
     boxes = {part.detections for part in parts if part.name in repeats}
-    _delete(output, "images", repeats)
+    delete_parts(output, "images", repeats)
     # A part that somebody copied under another name has its boxes in the original's file.
-    _delete(output, "detections", boxes - {part.detections for part in kept})
+    delete_parts(output, "detections", boxes - {part.detections for part in kept})
     return kept
 
 
@@ -199,8 +195,8 @@ def remove_late(output: str, known: Sequence[Part], run: str, *, lock: LockRef, 
     ours = {part.name for part in known} | {name for name in names if name.startswith(f"part-{run}.")}
     parts = read_parts(output, names & ours)
     orphans = boxes - {part.detections for part in parts}
-    _delete(output, "images", names - ours)
-    _delete(output, "detections", {n for n in orphans if over or not n.startswith(f"part-{run}.")})
+    delete_parts(output, "images", names - ours)
+    delete_parts(output, "detections", {n for n in orphans if over or not n.startswith(f"part-{run}.")})
     return parts
 
 
@@ -210,7 +206,8 @@ def check_held(output: str, lock: LockRef) -> None:
         raise StorageError(_TAKEN_OVER.format(output))
 
 
-def _delete(output: str, table: str, names: set[str]) -> None:
+def delete_parts(output: str, table: str, names: set[str]) -> None:
+    """Delete files of `table` ("images" or "detections")."""
     storage.delete(storage.join(output, table, name) for name in sorted(names))
 
 
@@ -251,104 +248,6 @@ def to_parquet(table: pa.Table, metadata: dict[bytes, bytes]) -> bytes:
         store_schema=True,
     )
     return buffer.getvalue()
-
-
-# ---- compaction --------------------------------------------------------------------------------------
-
-
-def compact(output: str, parts: Sequence[Part], run: str, *, superseded: bool, lock: LockRef) -> list[Part]:
-    """Merge small parts into few, and drop rows that a later round superseded.
-
-    Crash-safe: a merged part names what it replaces, so wherever this stops, `sweep` finishes it.
-
-    Args:
-        output: the output folder.
-        parts: those that count; what lands meanwhile is none of them.
-        run: id of this run, for the names of the new parts.
-        superseded: whether rows of the same image exist twice (after `--retry-failed`): merges everything.
-        lock: this run's lock.
-    """
-    newest = _newest_rounds(output, parts) if superseded else {}
-    left = {part.name for part in parts}
-    for number, group in enumerate(_groups(parts, everything=superseded)):
-        name = f"part-{run}.c{number:05d}.parquet"
-        _merge(output, group, name, newest, lock)
-        left = left - {part.name for part in group} | {name}
-        _delete(output, "images", {part.name for part in group})
-        _delete(output, "detections", {part.detections for part in group})
-    return read_parts(output, left)
-
-
-def _groups(parts: Sequence[Part], *, everything: bool) -> Iterator[list[Part]]:
-    """Runs of parts that together stay below the limits; single parts are left alone."""
-    small = [part for part in parts if everything or part.num_images < COMPACT_IMAGES // 2]
-    group: list[Part] = []
-    images = boxes = 0
-    for part in small:
-        images, boxes = images + part.num_images, boxes + part.num_detections
-        if group and (images > COMPACT_IMAGES or boxes > COMPACT_DETECTIONS):
-            yield group
-            group, images, boxes = [], part.num_images, part.num_detections
-        group.append(part)
-    if len(group) > 1 or (group and everything):
-        yield group
-
-
-def _newest_rounds(output: str, parts: Sequence[Part]) -> dict[str, int]:
-    """For every image that a later round wrote: that round."""
-    newest: dict[str, int] = {}
-    for part in sorted(parts, key=lambda part: part.round):
-        for table in _columns(output, [part], ["image_id"]) if part.round else ():
-            newest.update(dict.fromkeys(table["image_id"].cast(pa.string()).to_pylist(), part.round))
-    return newest
-
-
-def _merge(output: str, group: Sequence[Part], name: str, newest: dict[str, int], lock: LockRef) -> None:
-    """Write one part with the rows of `group`, in input order, that takes their place."""
-    filesystem, root = storage.arrow_filesystem(output)
-    images, boxes = [], []
-    for part in group:
-        image_rows = pq.read_table(f"{root}/images/{part.name}", filesystem=filesystem, schema=schema.IMAGES)
-        box_rows = pq.read_table(
-            f"{root}/detections/{part.detections}", filesystem=filesystem, schema=schema.DETECTIONS
-        )
-        if newest:
-            keep = np.array(
-                [newest.get(i, part.round) == part.round for i in image_rows["image_id"].to_pylist()], bool
-            )
-            image_rows, box_rows = _select(image_rows, box_rows, np.flatnonzero(keep))
-        images.append(image_rows)
-        boxes.append(box_rows)
-    image_table, box_table = pa.concat_tables(images), pa.concat_tables(boxes)
-    shards = image_table["shard"].combine_chunks()
-    rank = np.argsort(np.argsort(shards.dictionary.to_pylist()))  # of each shard by its name
-    order = np.lexsort((image_table["shard_index"].to_numpy(), rank[shards.indices.to_numpy()]))
-    image_table, box_table = _select(image_table, box_table, order)
-    last = max(group, key=lambda part: part.round)
-    commit(
-        output,
-        name,
-        image_table,
-        box_table,
-        part_metadata(
-            fingerprint=last.fingerprint,
-            model=last.model,
-            run=last.run,
-            round=last.round,
-            replaces=[part.name for part in group],
-        ),
-        lock=lock,
-    )
-
-
-def _select(images: pa.Table, boxes: pa.Table, rows: np.ndarray) -> tuple[pa.Table, pa.Table]:
-    """The image `rows` and their boxes, in this order; boxes stand in the order of their images."""
-    counts = images["num_detections"].to_numpy()
-    starts = np.cumsum(counts) - counts
-    taken = counts[rows]
-    first = np.cumsum(taken) - taken
-    box_rows = np.arange(taken.sum()) - np.repeat(first - starts[rows], taken)
-    return images.take(rows), boxes.take(box_rows)
 
 
 def commit(

@@ -7,7 +7,7 @@ import pytest
 
 from pipeline import schema, storage
 from pipeline.errors import StorageError
-from pipeline.inference import ledger
+from pipeline.inference import compaction, ledger
 from pipeline.inference.lock import Lock, LockRef
 from pipeline.results.parts import part_names, read_parts
 
@@ -230,7 +230,7 @@ def test_compaction_keeps_every_row_in_input_order(output, lock):
     shuffled = np.random.default_rng(0).permutation(len(rows))
     for number, pick in enumerate(np.array_split(shuffled, 6)):
         publish(output, lock, f"part-{number}.parquet", [rows[i] for i in pick])
-    parts = ledger.compact(output, read_parts(output), "r0002", superseded=False, lock=lock.ref)
+    parts = compaction.compact(output, read_parts(output), "r0002", superseded=False, lock=lock.ref)
     assert len(parts) == 1
     images, boxes = naive(output, "images"), naive(output, "detections")
     assert images.image_id.tolist() == [f"{shard}/{index}" for shard, index, *_ in rows]
@@ -243,8 +243,8 @@ def test_compaction_that_dies_before_deleting_is_finished_by_the_next_sweep(outp
     for number in range(3):
         publish(output, lock, f"part-{number}.parquet", [("x.tar", number, 3, "ok", 2)])
     with monkeypatch.context() as patch:
-        patch.setattr(ledger, "_delete", lambda *args: None)
-        ledger.compact(output, read_parts(output), "r0002", superseded=False, lock=lock.ref)
+        patch.setattr(compaction, "delete_parts", lambda *args: None)
+        compaction.compact(output, read_parts(output), "r0002", superseded=False, lock=lock.ref)
     assert len(naive(output, "detections")) == 12  # old and new parts, until the next start
     assert [part.num_images for part in read_parts(output)] == [3]  # our own reader knows already
     ledger.sweep(output)
@@ -255,7 +255,7 @@ def test_compaction_that_dies_before_deleting_is_finished_by_the_next_sweep(outp
 def test_rows_of_a_later_round_replace_older_ones(output, lock):
     publish(output, lock, "part-0.parquet", [("x.tar", 0, 2, "ok", 2), ("x.tar", 1, 2, "failed", 0)])
     publish(output, lock, "part-1.parquet", [("x.tar", 1, 2, "ok", 3)], round=1)
-    parts = ledger.compact(output, read_parts(output), "r0002", superseded=True, lock=lock.ref)
+    parts = compaction.compact(output, read_parts(output), "r0002", superseded=True, lock=lock.ref)
     images = naive(output, "images")
     assert images.status.tolist() == ["ok", "ok"]
     assert len(naive(output, "detections")) == 5
@@ -263,11 +263,11 @@ def test_rows_of_a_later_round_replace_older_ones(output, lock):
 
 
 def test_large_parts_are_left_alone_and_groups_stay_below_the_limit(output, lock, monkeypatch):
-    monkeypatch.setattr(ledger, "COMPACT_IMAGES", 4)
+    monkeypatch.setattr(compaction, "COMPACT_IMAGES", 4)
     publish(output, lock, "part-0.parquet", [("big.tar", i, 4, "ok", 0) for i in range(4)])
     for number in range(1, 8):
         publish(output, lock, f"part-{number}.parquet", [("x.tar", number, 9, "ok", 1)])
-    parts = ledger.compact(output, read_parts(output), "r0002", superseded=False, lock=lock.ref)
+    parts = compaction.compact(output, read_parts(output), "r0002", superseded=False, lock=lock.ref)
     assert sorted(part.num_images for part in parts) == [3, 4, 4]
     assert "part-0.parquet" in {part.name for part in parts}
 

@@ -169,13 +169,13 @@ def _keep_first_rows(target, count):
     """Rewrite the only part of `target` with its first images."""
     import pyarrow.parquet as pq
 
-    from pipeline.inference.ledger import _select
+    from pipeline.inference.compaction import select
     from pipeline.results.parts import read_parts
 
     (part,) = read_parts(str(target))
     paths = target / "images" / part.name, target / "detections" / part.detections
     images, boxes = (pq.read_table(path) for path in paths)
-    for path, table in zip(paths, _select(images, boxes, np.arange(count)), strict=True):
+    for path, table in zip(paths, select(images, boxes, np.arange(count)), strict=True):
         pq.write_table(table.replace_schema_metadata(pq.read_metadata(path).metadata), path)
 
 
