@@ -19,6 +19,7 @@ from pipeline.inference.lock import Lock
 from pipeline.inference.plan import make_plan, read_settings, run_fingerprint, save_shards
 from pipeline.model import checkpoint
 from pipeline.results import load_detections, load_images
+from pipeline.results.parts import part_names
 from tests import outputs, servers
 from tests.chaos.runs import wait_until
 from tests.makers import make_tar_shard
@@ -100,7 +101,7 @@ def test_help_teaches():
             "--score-threshold 2.0 is out of range",
         ),
         (["--input", "{in}", "--output", "{out}", "--score-threshold", "{foreign}/t.json"], "t.json"),
-        (["--input", "{in}", "--output", "{out}", "--batch-size", "0"], "--batch-size 0"),
+        (["--input", "{in}", "--output", "{out}", "--batch-size", "-1"], "--batch-size -1"),
         (["--input", "nosuch://x/y", "--output", "{out}"], "nosuch"),
         (["--input", "{in}", "--output", "memory://out"], "--output: memory://"),
         (["--input", "{in}", "--output", "{out}", "--max-pixels", "0"], "--max-pixels 0"),
@@ -188,7 +189,7 @@ def test_sigterm_stops_a_run_in_one_line_and_the_same_command_goes_on(tmp_path):
     command = [sys.executable, str(ROOT / "jobs" / "infer.py")]
     command += ["--input", str(tmp_path / "in"), "--output", str(tmp_path / "out")]
     with subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True) as run:
-        wait_until(lambda: storage.list_names(f"{tmp_path}/out/images") or run.poll() is not None)
+        wait_until(lambda: part_names(f"{tmp_path}/out", "images") or run.poll() is not None)
         run.send_signal(signal.SIGTERM)
         _, err = run.communicate(timeout=120)
     assert run.returncode == 143, err
