@@ -7,7 +7,6 @@ import pandas as pd
 import pytest
 import ray
 import torch
-from torch import nn
 
 from pipeline import runtime
 from pipeline.config import InferConfig, TrainConfig
@@ -17,20 +16,13 @@ from pipeline.model import DEFAULT_WEIGHTS, Detector
 from pipeline.results import load_detections
 from pipeline.training.run import train
 from tests.makers import make_tar_shard
+from tests.model.test_detector import coarse_images
 from tests.training.makers import make_set, save_small_model
 
 pytestmark = [
     pytest.mark.gpu,
     pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device"),
 ]
-
-
-def coarse_images(number: int) -> np.ndarray:
-    """Images with coarse structure, uint8 [number, 300, 300, 3]."""
-    rng = np.random.default_rng(0)
-    coarse = torch.from_numpy(rng.integers(0, 256, (number, 3, 6, 6)).astype(np.float32))
-    fine = nn.functional.interpolate(coarse, (300, 300), mode="bicubic").clamp(0, 255)
-    return fine.permute(0, 2, 3, 1).contiguous().numpy().astype(np.uint8)
 
 
 def test_a_gpu_detects_what_a_cpu_detects():

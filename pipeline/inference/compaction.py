@@ -44,7 +44,7 @@ def compact(output: str, parts: Sequence[Part], run: str, *, superseded: bool, l
 
 
 def _return_memory() -> None:
-    """Give what this process has freed back to the system: each group left 50 MiB with the allocators."""
+    """Give what this process has freed back to the system: each group left 45 MiB with the allocators."""
     pa.default_memory_pool().release_unused()
     if trim := getattr(ctypes.CDLL(None), "malloc_trim", None):  # glibc's
         trim(0)

@@ -18,13 +18,17 @@ def detector():
     return Detector(DEFAULT_WEIGHTS, score_threshold=0.002)
 
 
-@pytest.fixture(scope="module")
-def images():
-    """Four images with coarse structure, uint8 [4, 300, 300, 3]."""
+def coarse_images(number):
+    """Images with coarse structure, uint8 [number, 300, 300, 3]."""
     rng = np.random.default_rng(0)
-    coarse = torch.from_numpy(rng.integers(0, 256, (4, 3, 6, 6)).astype(np.float32))
+    coarse = torch.from_numpy(rng.integers(0, 256, (number, 3, 6, 6)).astype(np.float32))
     fine = nn.functional.interpolate(coarse, (300, 300), mode="bicubic").clamp(0, 255)
     return fine.permute(0, 2, 3, 1).contiguous().numpy().astype(np.uint8)
+
+
+@pytest.fixture(scope="module")
+def images():
+    return coarse_images(4)
 
 
 def test_detections_have_the_types_of_the_contract(detector, images):
