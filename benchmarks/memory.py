@@ -4,14 +4,16 @@
     python benchmarks/memory.py compare --plain FOLDER --other FOLDER [--json FILE]
 
 `flat` runs the null detector on tiny images, few and many; `compare` runs the bundled model on two folders.
-Memory is the proportional set size (shared pages count once), read ten times a second from every process of
-the run: the driver, the largest worker and all together.
+Read ten times a second: what the driver and the largest worker have resident, without the object store's
+pages, which belong to all; and the proportional set sizes (shared pages count once) of all processes
+together. That of a single process grows when another one ends that used the same libraries.
 """
 
 import argparse
 import io
 import json
 import os
+import re
 import subprocess
 import sys
 import tarfile
@@ -55,12 +57,12 @@ def peaks(command: list[str]) -> dict[str, float]:
     most = {"driver": 0.0, "worker": 0.0, "all": 0.0}
     stop = threading.Event()
     while not stop.wait(0.1) and driver.poll() is None:
-        seen = {process.pid: _pss(process) for process in _family(driver.pid)}
-        workers = [size for process, size in seen.items() if process != driver.pid]
+        seen = {process.pid: _sizes(process) for process in _family(driver.pid)}
+        own = {pid: size for pid, (size, _) in seen.items()}
         for name, size in (
-            ("driver", seen.get(driver.pid, 0.0)),
-            ("worker", max(workers, default=0.0)),
-            ("all", sum(seen.values())),
+            ("driver", own.pop(driver.pid, 0.0)),
+            ("worker", max(own.values(), default=0.0)),
+            ("all", sum(share for _, share in seen.values())),
         ):
             most[name] = max(most[name], size)
     if driver.returncode:
@@ -76,11 +78,15 @@ def _family(pid: int) -> list[psutil.Process]:
         return []
 
 
-def _pss(process: psutil.Process) -> float:
+def _sizes(process: psutil.Process) -> tuple[float, float]:
+    """Resident without shared memory, and proportional set size, both in MiB."""
     try:
-        return process.memory_full_info().pss / MIB
-    except (psutil.NoSuchProcess, psutil.AccessDenied):
-        return 0.0
+        share = process.memory_full_info().pss / MIB
+        status = Path(f"/proc/{process.pid}/status").read_text()
+    except (psutil.NoSuchProcess, psutil.AccessDenied, OSError):
+        return 0.0, 0.0
+    kib = re.findall(r"Rss(?:Anon|File):\s+(\d+)", status)
+    return sum(map(int, kib)) / 1024, share
 
 
 def main() -> None:

@@ -62,7 +62,7 @@ def from_ray(prepared: Prepared, count: int) -> Iterator[Batch]:
     spec, plan = prepared.plan.spec, prepared.plan
     rows = ray.put(prepared.tables["train"][0])
     pace: Any = Pace.remote()
-    dataset = batches(rows, plan, first=0, pace=pace, device="cpu")
+    dataset = batches(rows, plan, first=0, pace=pace)
     options = data_config()._resolve_execution_options("train")
     assert isinstance(options, ExecutionOptions)
     dataset.context.execution_options = options

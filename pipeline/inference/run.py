@@ -1,7 +1,7 @@
 """The inference run: plan, the chain read -> detect -> write, finish check, compaction, report."""
 
 import json
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
@@ -186,7 +186,10 @@ def detect_shards(
     """Read, decode and resize (tasks on CPUs), then detect (an actor pool)."""
     images = runtime.read_tasks(
         "Shards",
-        [_reader(number, work, settings, monitor) for number, work in enumerate(tasks)],
+        [
+            shard_reader(work, number=number, settings=settings, monitor=monitor)
+            for number, work in enumerate(tasks)
+        ],
         num_cpus=READER_CPUS,
         max_retries=RETRIES,
     )
@@ -223,10 +226,13 @@ def write_parts(detected: Dataset, target: Target, *, num_writers: int, monitor:
         pass
 
 
-def _reader(
-    number: int, work: list[Work], settings: ReadSettings, monitor: Any
-) -> Callable[[], Iterable[pa.Table]]:
+def shard_reader(
+    work: list[Work], *, number: int, settings: ReadSettings, monitor: Any
+) -> Callable[[], Iterator[pa.Table]]:
+    """A reading task: the blocks of some shards. Detectors have the cores first, so that GPUs don't wait."""
+
     def read() -> Iterator[pa.Table]:
+        runtime.give_way()
         if monitor is not None:
             monitor.reading.remote(number)
         yield from read_blocks(work, settings)

@@ -34,7 +34,7 @@ ROWS_PER_TASK = 8
 BLOCK_BYTES = 100_000  # less than any row, so that each becomes a block of its own
 
 
-def batches(rows: Any, plan: Plan, *, first: int, pace: Any, device: str) -> Dataset:
+def batches(rows: Any, plan: Plan, *, first: int, pace: Any) -> Dataset:
     """The batches from step `first` on, made as they are needed: a task for some rows.
 
     Args:
@@ -42,8 +42,6 @@ def batches(rows: Any, plan: Plan, *, first: int, pace: Any, device: str) -> Dat
         plan: of the run.
         first: step.
         pace: handle of the run's `Pace`.
-        device: of the workers. On "cpu" they have the cores first: the threads of a step wait for each
-            other, so it loses more than a data task gains.
     """
     runtime.configure_data(block_bytes=BLOCK_BYTES)
     ray.get(pace.move.remote(first))
@@ -66,7 +64,6 @@ def batches(rows: Any, plan: Plan, *, first: int, pace: Any, device: str) -> Dat
         batch_size=config.batch_size,
         num_samples=plan.num_images,
         settings=plan.samples,
-        gives_way=device == "cpu",
     )
     starts = range(0, len(stretches), rows_per_task)
     return runtime.read_tasks(
@@ -87,12 +84,10 @@ def make_rows(
     batch_size: int,
     num_samples: int,
     settings: SampleSettings,
-    gives_way: bool,
 ) -> Iterator[pa.Table]:
     """A data task: a row for each stretch of steps and worker, when the workers come near it."""
     torch.set_num_threads(1)
-    if gives_way:
-        runtime.give_way()
+    runtime.give_way()  # the threads of a step wait for each other, so it loses more than this task gains
     order = {"num_workers": num_workers, "batch_size": batch_size, "num_samples": num_samples}
     for steps, rank in stretches:
         ray.get(pace.near.remote(steps[0] - steps_ahead))

@@ -246,7 +246,7 @@ def fit(prepared: Prepared, *, started: float) -> Position:
                 resources_per_worker={"CPU": WORKER_CPUS} | ({"GPU": 1} if job.device == "cuda" else {}),
             ),
             run_config=run_config(config.output),
-            datasets={"train": partial(_batches, rows, plan, pace, prepared.device)},
+            datasets={"train": partial(_batches, rows, plan, pace)},
             dataset_config=data_config(),
         )
         try:
@@ -260,10 +260,10 @@ def fit(prepared: Prepared, *, started: float) -> Position:
     return last_position(config.output)
 
 
-def _batches(rows: Any, plan: Plan, pace: Any, device: str) -> Dataset:
+def _batches(rows: Any, plan: Plan, pace: Any) -> Dataset:
     """Ray Train calls this whenever it starts the workers: after a failure the data go on where they do."""
     first = last_position(plan.config.output).step
-    return batches(rows, plan, first=first, pace=pace, device=device)
+    return batches(rows, plan, first=first, pace=pace)
 
 
 class Trainer(ray.train.torch.TorchTrainer):

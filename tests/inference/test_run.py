@@ -5,6 +5,7 @@ import io
 import json
 import os
 import signal
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,7 @@ import ray
 from pipeline.config import InferConfig
 from pipeline.errors import ConfigError, PipelineError
 from pipeline.inference import blocks
-from pipeline.inference.run import Pool, detect_shards
+from pipeline.inference.run import Pool, detect_shards, shard_reader
 from pipeline.inference.verify import verify
 from pipeline.results import load_detections, load_images
 from tests import fakes
@@ -297,6 +298,17 @@ class DyingReader:
                 except FileExistsError:
                     pass
             yield block
+
+
+def test_readers_leave_the_cores_to_detectors():
+    def niceness():
+        return os.getpriority(os.PRIO_PROCESS, 0)
+
+    with ThreadPoolExecutor(1) as thread:
+        before = thread.submit(niceness).result()
+        read = shard_reader([], number=0, settings=SETTINGS, monitor=None)
+        assert not thread.submit(lambda: list(read())).result()
+        assert thread.submit(niceness).result() == max(before, 10 if before < 15 else 19)
 
 
 @pytest.mark.parametrize("block", [0, 1, 2])  # of 96, 96 and 8 images
