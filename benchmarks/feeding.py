@@ -1,9 +1,10 @@
-"""How fast images reach a detector: the pipeline with none, a torch DataLoader, two plain processes.
+"""How fast images reach a detector: the pipeline with none, a torch DataLoader, plain processes.
 
-    python benchmarks/feeding.py --images FOLDER [--shards 64] [--images-per-shard 250] [--pairs 5]
+    python benchmarks/feeding.py --images FOLDER [--workers 2] [--shards 64] [--pairs 5]
 
 The JPEGs of FOLDER, made 640x480, are packed into tar shards (repeated until they are enough); each side
-reads, decodes and resizes all of them to 300x300 with the same code and the same settings of the allocator.
+reads, decodes and resizes all of them to 300x300 with the same code and the same settings of the allocator,
+in --workers processes (the cores of the machine).
 Steady rates: from the moment when a quarter of a side's images has arrived to its last one, so that nobody's
 start counts (Ray starts writers when the first images are there). The sides take turns; the table shows the
 median of the ratios. `--corrupt` compares the pipeline with itself where one image in a hundred is cut short.
@@ -82,7 +83,7 @@ class NullDetector:
 def pipeline_rate(
     source: str, output: str, *, detector: type = NullDetector, weights: str = InferConfig().weights
 ) -> float:
-    """Read -> detector -> Parquet on two CPUs, by the arrivals at the detector."""
+    """Read -> detector -> Parquet on the CPUs that Ray was given, by the arrivals at the detector."""
     log = Path(f"{output}-arrivals")
     log.mkdir()
 
@@ -98,8 +99,8 @@ def pipeline_rate(
     return _steady(sorted((float(moment), int(count)) for moment, count in lines))
 
 
-def loader_rate(source: str) -> float:
-    """A DataLoader of two worker processes, batches of uint8 tensors."""
+def loader_rate(source: str, *, workers: int = WORKERS) -> float:
+    """A DataLoader of `workers` processes, batches of uint8 tensors."""
     import torch
     from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 
@@ -109,22 +110,22 @@ def loader_rate(source: str) -> float:
             shards = list_shards(source)[info.id :: info.num_workers] if info else []
             return (torch.from_numpy(pixels) for pixels in resized(shards))
 
-    loader = DataLoader(Images(), batch_size=BATCH, num_workers=WORKERS, multiprocessing_context="fork")
+    loader = DataLoader(Images(), batch_size=BATCH, num_workers=workers, multiprocessing_context="fork")
     arrivals = [(time.perf_counter(), len(batch)) for batch in loader]
     return _steady(arrivals)
 
 
-def plain_rate(source: str) -> float:
-    """Two processes that read, decode and resize, and keep nothing."""
+def plain_rate(source: str, *, workers: int = WORKERS) -> float:
+    """`workers` processes that read, decode and resize, and keep nothing."""
     fork = multiprocessing.get_context("fork")
     queue = fork.Queue()
     shards = list_shards(source)
-    workers = [fork.Process(target=_plain, args=(shards[n::WORKERS], queue)) for n in range(WORKERS)]
-    for worker in workers:
-        worker.start()
-    arrivals = sorted(itertools.chain.from_iterable(queue.get() for _ in workers))
-    for worker in workers:
-        worker.join()
+    processes = [fork.Process(target=_plain, args=(shards[n::workers], queue)) for n in range(workers)]
+    for process in processes:
+        process.start()
+    arrivals = sorted(itertools.chain.from_iterable(queue.get() for _ in processes))
+    for process in processes:
+        process.join()
     return _steady(arrivals)
 
 
@@ -150,18 +151,22 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--images", type=Path, required=True, help="a folder of JPEGs, best of 640x480")
+    parser.add_argument("--workers", type=int, default=WORKERS)
     parser.add_argument("--shards", type=int, default=64)
     parser.add_argument("--images-per-shard", type=int, default=250)
     parser.add_argument("--pairs", type=int, default=5)
     parser.add_argument("--corrupt", action="store_true", help="the cost of 1 %% corrupt images")
     parser.add_argument("--json", type=Path)
     args = parser.parse_args()
-    runtime.start_ray(num_cpus=WORKERS)
+    runtime.start_ray(num_cpus=args.workers)
     packing = {"num_shards": args.shards, "size": args.images_per_shard}
     with tempfile.TemporaryDirectory() as name:
         source, corrupt = f"{name}/shards", f"{name}/corrupt"
         make_shards(args.images, Path(source), **packing)
-        sides = {"plain processes": lambda n: plain_rate(source), "DataLoader": lambda n: loader_rate(source)}
+        sides = {
+            "plain processes": lambda n: plain_rate(source, workers=args.workers),
+            "DataLoader": lambda n: loader_rate(source, workers=args.workers),
+        }
         if args.corrupt:
             make_shards(args.images, Path(corrupt), **packing, corrupt_every=100)
             sides = {"1 % corrupt": lambda n: pipeline_rate(corrupt, f"{name}/corrupt-{n}")}
