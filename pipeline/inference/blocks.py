@@ -315,7 +315,8 @@ class DetectImages:
         num_empty = 0
         for rows in np.split(good, range(self.batch_size, len(good), self.batch_size)):
             if len(rows):
-                batch = self.detector(pixels[rows], sizes_N2[rows])
+                images = pixels if len(rows) == len(pixels) else pixels[rows]  # of 96: 26 MB less to copy
+                batch = self.detector(images, sizes_N2[rows])
                 num_empty += int((~batch.has_area).sum())
                 batch = replace(batch, image_index=rows[batch.image_index])
                 found.append(_only(batch, batch.has_area & (batch.scores >= self._thresholds[batch.labels])))

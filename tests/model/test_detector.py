@@ -97,6 +97,13 @@ def test_without_a_threshold_the_checkpoints_counts(images):
     assert len(default(images, SIZES).scores) > len(strict(images, SIZES).scores)
 
 
+def test_images_may_be_read_only_as_those_of_a_block_are(detector, images):
+    found = detector(images, SIZES)
+    images = images.view()
+    images.flags.writeable = False
+    np.testing.assert_array_equal(detector(images, SIZES).boxes, found.boxes)
+
+
 def test_an_empty_batch_is_normal(detector):
     found = detector(np.zeros((0, 300, 300, 3), np.uint8), np.zeros((0, 2), np.int32))
     assert found.boxes.shape == (0, 4)
