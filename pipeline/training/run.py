@@ -267,13 +267,17 @@ def _batches(rows: Any, plan: Plan, pace: Any) -> Dataset:
 
 
 class Trainer(ray.train.torch.TorchTrainer):
-    """Ray's trainer; on a cluster of this process's own without the actor that outlives a dead controller.
+    """Ray's trainer (2.60) without two of its habits."""
 
-    That actor (2.60) looks for the controller in the latest of all clusters on this machine, and where that
-    is another one, takes it for dead and removes the workers. Our own cluster ends with this process anyway.
-    """
+    def _register_sigint_handler(self, controller: Any) -> None:
+        """Ctrl-C stops the job as any other: Ray's handler ends it with exit code 1 and no word."""
 
     def _create_default_callbacks(self) -> list[Any]:
+        """Without the actor that outlives a dead controller, on a cluster of this process's own.
+
+        It looks for the controller in the latest of all clusters on this machine, and where that is another
+        one, takes it for dead and removes the workers. Our own cluster ends with this process anyway.
+        """
         callbacks = super()._create_default_callbacks()
         if os.environ.get("RAY_ADDRESS"):
             return callbacks

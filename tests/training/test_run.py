@@ -169,6 +169,31 @@ def test_a_worker_that_is_killed_costs_no_step_and_no_bit(whole, folder):
     assert_same_run(config.output, whole[0].output)
 
 
+def train_command(config):
+    command = [sys.executable, str(ROOT / "jobs" / "train.py")]
+    for name in ("train", "val", "output", "init", *GIVEN):
+        command += [f"--{name.replace('_', '-')}", str(getattr(config, name))]
+    return command
+
+
+def own_cluster():
+    return {name: value for name, value in os.environ.items() if name != "RAY_ADDRESS"}
+
+
+def test_ctrl_c_stops_a_run_in_one_line(folder):
+    config = flags(folder, "interrupted")
+    with subprocess.Popen(
+        train_command(config), env=own_cluster(), stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True
+    ) as job:
+        wait_for_checkpoint(config.output)
+        job.send_signal(signal.SIGINT)
+        _, err = job.communicate(timeout=120)
+    assert job.returncode == 130, err
+    assert "stopped; the same command goes on from here" in err
+    assert "Traceback" not in err
+    assert 0 < last_position(config.output).step < NUM_STEPS
+
+
 def test_a_driver_that_is_killed_goes_on_with_the_same_command_on_s3(whole, folder, monkeypatch):
     with servers.moto() as environment:
         for name, value in environment.items():
@@ -179,10 +204,7 @@ def test_a_driver_that_is_killed_goes_on_with_the_same_command_on_s3(whole, fold
             storage.write_atomic(f"s3://bucket/{file.parent.name}/{file.name}", file.read_bytes())
         init = f"{folder}/small.safetensors"
         config = flags("s3://bucket", "output", init=init, checkpoint_steps=25)  # a slow server
-        command = [sys.executable, str(ROOT / "jobs" / "train.py")]
-        for name in ("train", "val", "output", "init", *GIVEN):
-            command += [f"--{name.replace('_', '-')}", str(getattr(config, name))]
-        own = {k: v for k, v in os.environ.items() if k != "RAY_ADDRESS"}  # a cluster of its own
+        command, own = train_command(config), own_cluster()
         with subprocess.Popen(command, env=own, stdout=subprocess.DEVNULL, start_new_session=True) as job:
             wait_for_checkpoint(config.output)
             os.killpg(job.pid, signal.SIGKILL)
