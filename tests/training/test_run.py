@@ -182,9 +182,12 @@ def own_cluster():
 
 def test_ctrl_c_stops_a_run_in_one_line(folder):
     config = flags(folder, "interrupted")
+    # What a shell starts in the background ignores SIGINT, these tests perhaps, and so would the job.
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
     with subprocess.Popen(
         train_command(config), env=own_cluster(), stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True
     ) as job:
+        signal.signal(signal.SIGINT, before)
         wait_for_checkpoint(config.output)
         job.send_signal(signal.SIGINT)
         _, err = job.communicate(timeout=120)
