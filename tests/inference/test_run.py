@@ -300,15 +300,17 @@ class DyingReader:
             yield block
 
 
-def test_readers_leave_the_cores_to_detectors():
+@pytest.mark.parametrize("gives_way", [True, False])
+def test_readers_leave_the_cores_to_detectors_on_gpus(gives_way):
     def niceness():
         return os.getpriority(os.PRIO_PROCESS, 0)
 
     with ThreadPoolExecutor(1) as thread:
         before = thread.submit(niceness).result()
-        read = shard_reader([], number=0, settings=SETTINGS, monitor=None)
+        read = shard_reader([], number=0, settings=SETTINGS, monitor=None, gives_way=gives_way)
         assert not thread.submit(lambda: list(read())).result()
-        assert thread.submit(niceness).result() == max(before, 10 if before < 15 else 19)
+        after = max(before, 10 if before < 15 else 19) if gives_way else before
+        assert thread.submit(niceness).result() == after
 
 
 @pytest.mark.parametrize("block", [0, 1, 2])  # of 96, 96 and 8 images
