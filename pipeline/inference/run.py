@@ -233,7 +233,7 @@ def shard_reader(
 ) -> Callable[[], Iterator[pa.Table]]:
     """A reading task: the blocks of some shards. Where it gives way, detectors have the cores first.
 
-    Without, a GPU waits for its host's part of the work. Detectors on CPUs were slower with it (CONTRIBUTING).
+    Without, a GPU waits for its host's work; with it, detectors on CPUs were slower (CONTRIBUTING).
     """
 
     def read() -> Iterator[pa.Table]:
