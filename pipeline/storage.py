@@ -21,6 +21,7 @@ import fsspec
 import pyarrow
 import pyarrow.fs
 from fsspec.core import url_to_fs
+from fsspec.implementations.local import LocalFileSystem
 
 from pipeline.errors import StorageError
 
@@ -181,7 +182,8 @@ def list_names(uri: str) -> set[str]:
     def names() -> set[str]:
         fs.invalidate_cache()
         try:
-            return {posixpath.basename(p) for p in fs.ls(path, detail=False)}
+            # Without the folder itself, which an empty object "folder/" of a console stands for.
+            return {posixpath.basename(p) for p in fs.ls(path, detail=False)} - {""}
         except FileNotFoundError:
             return set()
 
@@ -308,14 +310,16 @@ def create_exclusive(uri: str, data: bytes) -> bool:
 
 
 def honours_exclusive(folder: str) -> bool:
-    """Whether the store of `folder` really refuses to create a file twice (probed with a small file)."""
+    """Whether the store of `folder` really refuses to create a file twice (probed with a small file).
+
+    Raises:
+        StorageError: files can't be created there, or not be deleted.
+    """
     probe = join(folder, f"probe-{uuid.uuid4().hex}")
-    try:
-        create_exclusive(probe, b"1")
-        return not create_exclusive(probe, b"2")
-    finally:
-        with contextlib.suppress(StorageError):  # the first error tells more
-            delete([probe])
+    create_exclusive(probe, b"1")
+    honoured = not create_exclusive(probe, b"2")
+    delete([probe])
+    return honoured
 
 
 def delete(uris: Iterable[str]) -> None:
@@ -325,15 +329,26 @@ def delete(uris: Iterable[str]) -> None:
         paths = [split(uri)[1] for uri in batch]
 
         def remove(paths: list[str] = paths, fs: fsspec.AbstractFileSystem = fs) -> None:
-            if not is_local(paths[0]):
-                with contextlib.suppress(FileNotFoundError):
-                    fs.rm(paths)  # one request for many, where the store can
-                    return
-            for path in paths:
+            for path in paths if isinstance(fs, LocalFileSystem) else _left_after_bulk(fs, paths):
                 with contextlib.suppress(FileNotFoundError):
                     fs.rm_file(path)
 
         _retry(f"deleting {len(batch)} files such as {batch[0]}", remove)
+
+
+def _left_after_bulk(fs: fsspec.AbstractFileSystem, paths: list[str]) -> set[str]:
+    """Delete files of a store in one request for many; those that are still there.
+
+    s3fs (2026.9) says nothing of files that S3 refuses to delete in such a request.
+    """
+    with contextlib.suppress(FileNotFoundError):
+        fs.rm(paths)
+    fs.invalidate_cache()
+    there: set[str] = set()
+    for folder in {posixpath.dirname(path) for path in paths}:
+        with contextlib.suppress(FileNotFoundError):
+            there.update(fs.ls(folder, detail=False))
+    return there.intersection(paths)
 
 
 def delete_folder(uri: str) -> None:

@@ -83,15 +83,23 @@ class Proxy:
     """Threads that are at a request."""
 
 
+DENIED = b"<Error><Code>AccessDenied</Code><Message>Access Denied</Message></Error>"
+MANY_DENIED = (
+    b"<DeleteResult><Error><Key>a</Key><Code>AccessDenied</Code><Message>Access Denied</Message></Error>"
+    b"</DeleteResult>"
+)
 SLOW_DOWN = b"<Error><Code>SlowDown</Code><Message>Please reduce your request rate.</Message></Error>"
 
 
 @contextlib.contextmanager
-def proxy(upstream: dict[str, str], *, faults: float = 0, seed: int = 0) -> Iterator[Proxy]:
+def proxy(
+    upstream: dict[str, str], *, faults: float = 0, deletes: bool = True, seed: int = 0
+) -> Iterator[Proxy]:
     """An S3 server in front of `upstream` that writes down every request.
 
     It answers a share `faults` of them with 503 SlowDown, a reset connection (before the request is passed on
-    or after, so that only its answer is lost) or, where there is one, half a body.
+    or after, so that only its answer is lost) or, where there is one, half a body. Without `deletes` it
+    refuses them as S3 does where a role has no right to: with 403, or among the results of many.
     """
     rng = random.Random(seed)
     host, _, port = upstream["AWS_ENDPOINT_URL"].removeprefix("http://").partition(":")
@@ -111,6 +119,10 @@ def proxy(upstream: dict[str, str], *, faults: float = 0, seed: int = 0) -> Iter
             seen.requests.append((self.command, self.path))
             kinds = ["slow down", "reset", "lost answer", *["cut"] * 2 * (self.command == "GET")]
             fault = rng.choice(kinds) if rng.random() < faults else ""
+            if not deletes and (self.command == "DELETE" or self.path.endswith("?delete")):
+                status, text = (403, DENIED) if self.command == "DELETE" else (200, MANY_DENIED)
+                self.answer(status, [("Content-Type", "application/xml")], text, len(text))
+                return
             if fault:
                 seen.faults[fault] += 1
             if fault == "slow down":

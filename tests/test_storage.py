@@ -110,6 +110,31 @@ def test_deleting_what_is_gone_is_fine(folder):
     storage.delete_folder(folder)
 
 
+def test_a_store_that_refuses_to_delete_is_an_error(monkeypatch, s3):
+    with servers.proxy(s3, deletes=False) as proxy:
+        for name, value in proxy.environment.items():
+            monkeypatch.setenv(name, value)
+        fs, _ = storage.split("s3://kept")
+        fs.mkdir("kept")
+        for name in "ab":
+            storage.write_atomic(f"s3://kept/{name}", b"x")
+        with pytest.raises(StorageError, match=r"deleting 2 files such as s3://kept/a: access denied"):
+            storage.delete(["s3://kept/a", "s3://kept/b"])
+        with pytest.raises(StorageError, match=r"deleting 1 files .*access denied"):
+            storage.honours_exclusive("s3://kept/out")
+
+
+def test_the_empty_object_of_a_folder_made_in_a_console_is_no_file(monkeypatch, s3):
+    for name, value in s3.items():
+        monkeypatch.setenv(name, value)
+    fs, _ = storage.split("s3://console")
+    fs.mkdir("console")
+    fs.call_s3("put_object", Bucket="console", Key="out/", Body=b"")
+    assert storage.list_names("s3://console/out") == set()
+    assert storage.list_names("s3://console/out/") == set()
+    assert storage.list_files("s3://console/out") == []
+
+
 def test_what_is_absent_is_absent(folder):
     assert not storage.exists(f"{folder}/nothing")
     assert storage.file_info(f"{folder}/nothing") is None
