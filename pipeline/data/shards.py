@@ -131,7 +131,7 @@ def _files_below(input_uri: str) -> tuple[str, list[storage.FileInfo]]:
     """The folder or pattern `input_uri`: the root that names start from, and the files."""
     files = storage.list_files(input_uri)
     if files or not re.search(r"[*?\[]", input_uri):
-        return input_uri, _without_tables(files)
+        return storage.join(input_uri), _without_tables(files)
     root = posixpath.dirname(re.split(r"[*?\[]", input_uri)[0])
     files = _without_tables(storage.list_files(root))
     return root, [file for file in files if fnmatch.fnmatchcase(file.uri, input_uri)]
@@ -295,9 +295,12 @@ def _unpacked(file: IO[bytes], shard: Shard) -> Iterator[IO[bytes]]:
     """`file`, or what a gzip file holds.
 
     Raises:
-        ShardError: a damaged gzip file, or one that would fill the disk.
+        ShardError: it can't be read; a damaged gzip file, or one that would fill the disk.
     """
-    is_gzip = file.read(2) == b"\x1f\x8b"
+    try:
+        is_gzip = file.read(2) == b"\x1f\x8b"
+    except OSError as error:
+        raise ShardError(f"{shard.uri}: can't be read ({error})") from error
     limit = max(MAX_BYTES_IN_MEMORY, MAX_GZIP_RATIO * file.seek(0, io.SEEK_END))
     file.seek(0)
     if not is_gzip:
@@ -332,15 +335,21 @@ def _read_tar(
         error = _size_error(image.place[1], max_image_bytes)
         if image.problem:
             error = ImageError(image.problem, stage="read", kind="NotAFile")
+        data = annotation = None
+        try:
+            data = None if error else _read_at(file, image.place)
+            annotation = _parse_annotation(_read_at(file, image.annotation)) if image.annotation else None
+        except OSError as failure:  # a bad sector costs the images that it holds
+            error = ImageError(f"can't be read ({failure})", stage="read", kind=type(failure).__name__)
         yield RawImage(
             image_id=f"{shard.name}/{image.name}",
             uri=f"tar://{image.name}::{shard.uri}",
             shard=shard.name,
             shard_index=index,
             shard_size=len(images),
-            data=None if error else _read_at(file, image.place),
+            data=None if error else data,
             error=error,
-            annotation=_parse_annotation(_read_at(file, image.annotation)) if image.annotation else None,
+            annotation=annotation,
             num_bytes=image.place[1],
         )
 

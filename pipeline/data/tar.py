@@ -37,9 +37,12 @@ def index_tar(file: IO[bytes], uri: str) -> list[TarImage]:
     """The images of a tar file in order, after proving that the file is whole.
 
     Raises:
-        ShardError: it is damaged, cut short, or has members but no image.
+        ShardError: it is damaged, cut short, can't be read or has members but no image.
     """
-    members = _members(file, uri)
+    try:
+        members = _members(file, uri)
+    except OSError as error:  # a bad sector, a mount that is gone
+        raise ShardError(f"{uri}: can't be read ({error})") from error
     infos = [info for info in members if not info.isdir() and is_image_name(clean_name(info.name))]
     if members and not infos:
         first = clean_name(members[0].name)

@@ -1,5 +1,6 @@
 """Listing inputs and reading shards: nothing lost, nothing counted twice, bad shards known at once."""
 
+import errno
 import gzip
 import io
 import os
@@ -14,6 +15,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from pipeline import storage
 from pipeline.data import shards
 from pipeline.data.shards import Shard, list_shards, read_shard
 from pipeline.errors import ConfigError, ShardError, StorageError
@@ -58,7 +60,7 @@ def test_names_are_the_same_however_the_folder_is_written(tmp_path, monkeypatch)
     make_tar_shard(tmp_path / "in/x/s.tar", 1)
     monkeypatch.chdir(tmp_path)
 
-    for uri in ("in", "in/", "./in", str(tmp_path / "in"), f"file://{tmp_path}/in"):
+    for uri in ("in", "in/", "in//", "./in", str(tmp_path / "in"), f"file://{tmp_path}/in"):
         assert [shard.name for shard in list_shards(uri)] == ["x/s.tar"]
 
 
@@ -261,6 +263,42 @@ def test_links_and_devices_keep_their_rows(tmp_path):
     assert [row.data for row in rows] == [b"data", b"data", None, None, None]
     assert [row.error and row.error.kind for row in rows] == [None, None, "NotAFile", "NotAFile", "NotAFile"]
     assert "link to /etc/passwd" in str(rows[3].error)
+
+
+class BadSector(io.BytesIO):
+    """A file that can't be read from `start` to `end`."""
+
+    start, end = 0, 0
+
+    def read(self, size: int | None = -1, /) -> bytes:
+        data = super().read(size)
+        if self.tell() - len(data) < self.end and self.tell() > self.start:
+            raise OSError(errno.EIO, "Input/output error")
+        return data
+
+
+def test_a_bad_sector_costs_the_image_that_it_holds(tmp_path, monkeypatch):
+    path = make_tar_shard(tmp_path / "s.tar", 3)
+    whole = list(read_shard(shard_of(path)))
+    file = BadSector(path.read_bytes())
+    file.start = path.read_bytes().index(whole[1].data or b"")
+    file.end = file.start + 1
+    monkeypatch.setattr(storage, "open_input", lambda uri: file)
+    rows = list(read_shard(shard_of(path)))
+    assert [row.data for row in rows] == [whole[0].data, None, whole[2].data]
+    assert str(rows[1].error) == "can't be read ([Errno 5] Input/output error)"
+    assert rows[1].num_bytes == whole[1].num_bytes
+
+
+@pytest.mark.parametrize("start", [0, 512])
+def test_a_tar_that_can_not_be_read_is_a_shard_error(tmp_path, monkeypatch, start):
+    path = make_tar_shard(tmp_path / "s.tar", {"large.jpg": bytes(100_000), "b.jpg": b"b"})
+    file = BadSector(path.read_bytes())
+    place = file.getvalue().index(b"b.jpg") if start else 0
+    file.start, file.end = place, place + 1
+    monkeypatch.setattr(storage, "open_input", lambda uri: file)
+    with pytest.raises(ShardError, match=r"s\.tar: can't be read \(\[Errno 5\]"):
+        list(read_shard(shard_of(path)))
 
 
 def test_a_member_over_the_limit_is_a_row_with_its_size(tmp_path):
