@@ -55,7 +55,7 @@ def dry_run(config: InferConfig) -> str:
         choose_pool(config)  # the cluster has GPUs
     parts = [] if config.overwrite else read_parts(config.output)
     ledger = read_ledger(config.output, parts)
-    redone = {} if config.overwrite else changed_shards(config, shards, ledger)
+    redone = set() if config.overwrite else changed_shards(config, shards, ledger)
     work = limited(plan_work(config, shards, ledger, redone), config.limit)
     size = f"{spec.input_width}x{spec.input_height}"
     lines = [

@@ -62,6 +62,21 @@ class Ledger:
         finished = self._finished()
         return {shard for shard, code in self.codes.items() if finished[code]}
 
+    @property
+    def is_superseded(self) -> bool:
+        """Whether there are rows whose place later ones took: a run died before it dropped them."""
+        return self.num_rows > len(self.keys) or bool(self.healed_shards())
+
+    def healed_shards(self) -> set[str]:
+        """Shards that failed as a whole once, and of which every image has a row now."""
+        own = self.keys[self.keys & ((1 << _KEY_BITS) - 1) == 0]  # index -1
+        given_up = set((own >> _KEY_BITS).tolist())
+        return {
+            shard
+            for shard, code in self.codes.items()
+            if code in given_up and len(self._of(self.keys, code)) == self.sizes[code] + 1 > 1
+        }
+
     def _finished(self) -> np.ndarray:
         counted = np.bincount(self.keys >> _KEY_BITS, minlength=len(self.sizes))
         whole = (self.keys & ((1 << _KEY_BITS) - 1)) == 0  # index -1: the shard's own failure
@@ -86,8 +101,9 @@ def read_ledger(output: str, parts: Sequence[Part]) -> Ledger:
         if "failed" in statuses:
             failed.append(key[batch["status"].indices.to_numpy() == statuses.index("failed")])
         size_of = np.zeros(len(codes), np.int64)
-        size_of[batch["shard"].indices.to_numpy()] = batch["shard_size"].to_numpy()
-        sizes.update(zip(codes.tolist(), size_of.tolist(), strict=True))
+        np.maximum.at(size_of, batch["shard"].indices.to_numpy(), batch["shard_size"].to_numpy())
+        for code, size in zip(codes.tolist(), size_of.tolist(), strict=True):
+            sizes[code] = max(size, sizes.get(code, 0))
     ledger.sizes = np.zeros(len(ledger.codes), np.int64)
     for code, size in sizes.items():
         ledger.sizes[code] = size
@@ -153,7 +169,7 @@ def sweep(output: str) -> list[Part]:
 
 
 def without_repeats(output: str, parts: Sequence[Part]) -> list[Part]:
-    """Delete every part that holds an image of a newer part of its round; the parts that are left.
+    """Delete every part that holds an image of another, newer part of its round; the parts that are left.
 
     A writer of a dead run may land, and die before it takes its part back, while another run writes the same
     images and dies, too. What is deleted here and isn't in the newer parts runs again.
@@ -169,7 +185,7 @@ def without_repeats(output: str, parts: Sequence[Part]) -> list[Part]:
     ranks = np.concatenate([*rank, np.zeros(0, np.int32)])
     rounds = np.array([part.round for part in newest_first], np.int64)[ranks]
     order = np.lexsort((ranks, rounds, all_keys))
-    same = (np.diff(all_keys[order]) == 0) & (np.diff(rounds[order]) == 0)
+    same = (np.diff(all_keys[order]) == 0) & (np.diff(rounds[order]) == 0) & (np.diff(ranks[order]) != 0)
     repeats = {newest_first[number].name for number in np.unique(ranks[order][1:][same])}
     kept = [part for part in parts if part.name not in repeats]
     boxes = {part.detections for part in parts if part.name in repeats}

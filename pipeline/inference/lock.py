@@ -29,6 +29,11 @@ class LockRef:
     folder: str
     number: int
 
+    @property
+    def run(self) -> str:
+        """The name of this run in its parts; runs of one output are numbered."""
+        return f"r{self.number:04d}"
+
     def is_held(self) -> bool:
         """Whether nobody has taken the output over."""
         return not storage.exists(_lock_uri(self.folder, self.number + 1))

@@ -120,7 +120,9 @@ def monitoring(progress: Progress, config: InferConfig, weights: bytes) -> Itera
     Raises:
         PipelineError: the run has failed because the monitor died.
     """
-    monitor = _start(progress, config.max_failed_fraction, weights)
+    # Images that failed once and run again say nothing of all: only the end looks at these.
+    allowed = 1.0 if config.retry_failed else config.max_failed_fraction
+    monitor = _start(progress, allowed, weights)
     stop = threading.Event()
 
     def report() -> None:

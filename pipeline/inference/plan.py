@@ -19,7 +19,9 @@ from pipeline.config import InferConfig
 from pipeline.data.shards import Shard
 from pipeline.errors import ConfigError, StorageError
 from pipeline.inference.blocks import ReadSettings, Work
+from pipeline.inference.compaction import forget
 from pipeline.inference.ledger import Ledger, read_ledger, sweep, without_repeats
+from pipeline.inference.lock import LockRef
 from pipeline.model import checkpoint
 from pipeline.model.spec import ModelSpec
 from pipeline.results.parts import Part
@@ -65,8 +67,6 @@ class Plan:
     work: list[Work]
     num_finished_shards: int
     """Those in which nothing is left to do; `--limit` leaves out others."""
-    stale: dict[str, tuple[int, str]]
-    """Shards that changed since they were run: size and etag of then, until they are run again."""
     round: int
     """0, or higher where this run's rows replace older ones of the same image."""
     settings: ReadSettings
@@ -145,12 +145,13 @@ def run_fingerprint(config: InferConfig, spec: ModelSpec, weights_sha256: str) -
     """Everything that changes a row of the output, by name. Batch size, pool and device don't."""
     model = json.loads(spec.to_json())
     thresholds = score_thresholds(config, spec)
+    values = set(thresholds.values())
     model.pop("score_threshold", None)  # the run's own threshold counts
     return {
         "schema_version": schema.VERSION,
         "weights_sha256": weights_sha256,
         "model": model,
-        "score_threshold": config.score_threshold if len(set(thresholds.values())) == 1 else thresholds,
+        "score_threshold": values.pop() if len(values) == 1 else thresholds,
         "max_pixels": config.max_pixels,
         "max_image_bytes": config.max_image_bytes,
         "reduced_decode": config.reduced_decode,
@@ -238,8 +239,12 @@ def _short(value: object) -> str:
     return text if len(text) <= 60 else text[:57] + "..."
 
 
-def make_plan(config: InferConfig, settings: ReadSettings, fingerprint: str, shards: list[Shard]) -> Plan:
+def make_plan(
+    config: InferConfig, settings: ReadSettings, fingerprint: str, shards: list[Shard], *, lock: LockRef
+) -> Plan:
     """Sweep the output and subtract what it holds from `shards`. The lock must be held.
+
+    Rows of shards that changed are dropped first: they are of images that no longer exist.
 
     Raises:
         ConfigError: shards changed since they were run.
@@ -249,9 +254,10 @@ def make_plan(config: InferConfig, settings: ReadSettings, fingerprint: str, sha
     if ledger.num_rows > len(ledger.keys):
         known = without_repeats(config.output, known)
         ledger = read_ledger(config.output, known)
-    stale = changed_shards(config, shards, ledger)
-    left = plan_work(config, shards, ledger, stale)
-    retry = config.retry_failed or bool(stale)
+    if changed := changed_shards(config, shards, ledger):
+        known = forget(config.output, known, changed, lock=lock)
+        ledger = read_ledger(config.output, known)
+    left = plan_work(config, shards, ledger)
     return Plan(
         output=config.output,
         shards=shards,
@@ -259,48 +265,49 @@ def make_plan(config: InferConfig, settings: ReadSettings, fingerprint: str, sha
         known=known,
         work=limited(left, config.limit),
         num_finished_shards=len(shards) - len(left),
-        stale=stale,
-        round=max((part.round for part in known), default=0) + 1 if retry and known else 0,
+        round=max(part.round for part in known) + 1 if config.retry_failed and known else 0,
         settings=settings,
         fingerprint=fingerprint,
     )
 
 
 def plan_work(
-    config: InferConfig,
-    shards: Sequence[Shard],
-    ledger: Ledger,
-    redone: Collection[str] = (),
+    config: InferConfig, shards: Sequence[Shard], ledger: Ledger, redone: Collection[str] = ()
 ) -> list[Work]:
-    """The anti-join: what of `shards` is not in `ledger`; `redone` shards run anew."""
+    """The anti-join: what of `shards` is not in `ledger`; of the `redone` everything."""
     return [
         work
         for shard in shards
-        if (work := _remaining(shard, ledger, retry_failed=config.retry_failed, anew=shard.name in redone))
+        if (
+            work := Work(shard)
+            if shard.name in redone
+            else _remaining(shard, ledger, retry_failed=config.retry_failed)
+        )
     ]
 
 
-def _remaining(shard: Shard, ledger: Ledger, *, retry_failed: bool, anew: bool) -> Work | None:
+def _remaining(shard: Shard, ledger: Ledger, *, retry_failed: bool) -> Work | None:
     """What is left to do of `shard`; None where nothing is."""
-    if anew or shard.name not in ledger.codes:
+    if shard.name not in ledger.codes:
         return Work(shard)
     done = ledger.done(shard.name, count_failed=not retry_failed)
+    images = frozenset(done[done >= 0].tolist())
     if ledger.is_finished(shard.name) and len(done) == len(ledger.done(shard.name)):
         return None
-    return Work(shard, frozenset(done[done >= 0].tolist()))
+    if 0 < len(images) == ledger.sizes[ledger.codes[shard.name]]:  # beside its failure as a whole
+        return None
+    return Work(shard, images)
 
 
-def changed_shards(
-    config: InferConfig, shards: Iterable[Shard], ledger: Ledger
-) -> dict[str, tuple[int, str]]:
-    """Shards with rows in the output whose size or etag is another one now, with those of then.
+def changed_shards(config: InferConfig, shards: Iterable[Shard], ledger: Ledger) -> set[str]:
+    """Names of the shards with rows in the output whose size or etag is another one now.
 
     Raises:
         ConfigError: there are some, without `--redo-changed`.
     """
     before = recorded_shards(config.output)
     changed = {
-        shard.name: before[shard.name]
+        shard.name
         for shard in shards
         if shard.name in ledger.codes
         and before.get(shard.name, (shard.num_bytes, shard.etag)) != (shard.num_bytes, shard.etag)
@@ -346,19 +353,9 @@ def limited(work: list[Work], limit: int) -> list[Work]:
     return kept
 
 
-def save_shards(plan: Plan, *, done: bool = False) -> None:
-    """Record the input's shards with size and etag in `_run/shards.parquet`.
-
-    Those that changed keep the state of their rows until the plan's work is `done`: a run that is killed
-    before, or that `--limit` ends, leaves rows of the older content.
-    """
-    stale = plan.stale.keys() - ({work.shard.name for work in plan.work} if done else set())
-    columns: dict[str, list[object]] = {
-        name: [getattr(shard, name) for shard in plan.shards] for name in SHARDS.names
-    }
-    for i, shard in enumerate(plan.shards if stale else ()):
-        if shard.name in stale:
-            columns["num_bytes"][i], columns["etag"][i] = plan.stale[shard.name]
+def save_shards(plan: Plan) -> None:
+    """Record the input's shards with size and etag in `_run/shards.parquet`."""
+    columns = {name: [getattr(shard, name) for shard in plan.shards] for name in SHARDS.names}
     buffer = io.BytesIO()
     pq.write_table(pa.table(columns, schema=SHARDS), buffer, compression="zstd")
     storage.write_atomic(storage.join(plan.output, "_run", "shards.parquet"), buffer.getvalue())

@@ -96,6 +96,8 @@ def infer(config: InferConfig, *, detector: type | None = None) -> Report:
         ConfigError: refused: see the message.
         PipelineError: images are still missing after `MAX_PASSES`.
     """
+    # Workers have another working directory.
+    config = replace(config, input=storage.absolute(config.input), output=storage.absolute(config.output))
     retries = storage.num_retries()
     weights = portable_weights(config.weights)
     spec = checkpoint.read_spec(config.weights)
@@ -112,7 +114,7 @@ def infer(config: InferConfig, *, detector: type | None = None) -> Report:
         storage.write_atomic(
             storage.join(config.output, "_run", "config.json"), json.dumps(record, indent=2).encode()
         )
-        plan = make_plan(config, settings, digest(fingerprint), shards)
+        plan = make_plan(config, settings, digest(fingerprint), shards, lock=lock.ref)
         record_found(config.output, plan.known, lock.ref)
         save_shards(plan)
         logger.info(
@@ -126,11 +128,9 @@ def infer(config: InferConfig, *, detector: type | None = None) -> Report:
             if plan.work
             else Outcome(progress_of(plan), num_detectors=0, over_budget=False)
         )
-        if plan.stale and not done.over_budget:
-            save_shards(plan, done=True)
-        run = run_name(lock)
+        run = lock.ref.run
         parts = remove_late(config.output, plan.known, run, lock=lock.ref, over=not done.over_budget)
-        superseded = plan.round > 0 or plan.ledger.num_rows > len(plan.ledger.keys)
+        superseded = plan.round > 0 or plan.ledger.is_superseded
         parts = compact(config.output, parts, run, superseded=superseded, lock=lock.ref)
         return finish_report(
             config,
@@ -297,15 +297,15 @@ def run_passes(
         )
         target = Target(
             output=plan.output,
-            run=f"{run_name(lock)}.{number}",
+            run=f"{lock.ref.run}.{number}",
             metadata=part_metadata(
-                fingerprint=plan.fingerprint, model=spec.to_json(), run=run_name(lock), round=plan.round
+                fingerprint=plan.fingerprint, model=spec.to_json(), run=lock.ref.run, round=plan.round
             ),
             class_names=dict(zip(spec.label_ids, spec.class_names, strict=True)),
             lock=lock.ref,
         )
         ray.get(monitor.begin.remote())
-        suspects: list[int] = []
+        suspects: set[str] = set()
         try:
             write_parts(detected, target, num_writers=pool.num_writers, monitor=monitor)
         except (
@@ -315,15 +315,16 @@ def run_passes(
         ) as error:
             if "creation task" in str(error):  # not a crash: its constructor raised
                 raise PipelineError(f"a detector can't start: {_last_line(error)}") from None
-            suspects = ray.get(monitor.unfinished.remote())
+            in_flight: list[int] = ray.get(monitor.unfinished.remote())
+            suspects = {item.shard.name for number in in_flight for item in tasks[number]}
             logger.warning("a worker died %d times; going on with its shards image by image", RETRIES + 1)
         except ray.exceptions.RayTaskError as error:
             if ours := own_error(error):
                 raise ours from None
             raise
-        missing = still_missing(plan, f"part-{run_name(lock)}.")
-        isolated = {item.shard.name for task in suspects for item in tasks[task]}
-        work = [item for item in missing if not isolated or item.shard.name in isolated]
+        missing = still_missing(plan, f"part-{lock.ref.run}.")
+        isolated = [item for item in missing if item.shard.name in suspects]
+        work = isolated or missing
         settings = replace(plan.settings, isolated=bool(isolated))
         if work and not isolated:
             logger.warning("%d shards miss images; running them again", len(work))
@@ -365,11 +366,6 @@ def _left(work: Work, ledger: Ledger, *, retried: bool) -> Work | None:
     wanted = int(ledger.sizes[ledger.codes[name]])
     finished = frozenset(done.tolist()) | work.skip if retried else frozenset(done.tolist())
     return None if len(finished) >= wanted else Work(work.shard, finished)
-
-
-def run_name(lock: Lock) -> str:
-    """The name of this run in its parts; runs of one output are numbered."""
-    return f"r{lock.number:04d}"
 
 
 # ---- pool, output ------------------------------------------------------------------------------------

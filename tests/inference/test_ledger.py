@@ -223,6 +223,12 @@ def test_of_parts_with_the_same_image_the_newest_stays_and_rounds_may_repeat(out
     assert ledger.without_repeats(output, []) == []
 
 
+def test_a_part_that_holds_an_image_twice_is_no_repeat_of_itself(output, lock):
+    publish(output, lock, "part-a.parquet", [("x.tar", 0, 2, "ok", 1), ("x.tar", 0, 2, "ok", 1)])
+    kept = ledger.without_repeats(output, read_parts(output))
+    assert [part.name for part in kept] == ["part-a.parquet"]
+
+
 def test_compaction_keeps_every_row_in_input_order(output, lock):
     rows = [
         (f"s{shard}.tar", index, 5, "ok", (shard + index) % 3) for shard in range(4) for index in range(5)
@@ -260,6 +266,28 @@ def test_rows_of_a_later_round_replace_older_ones(output, lock):
     assert images.status.tolist() == ["ok", "ok"]
     assert len(naive(output, "detections")) == 5
     assert [part.round for part in parts] == [1]  # a later retry is newer still
+
+
+@pytest.mark.parametrize("arrived", [2, 1])
+def test_the_row_of_a_shard_that_failed_as_a_whole_goes_when_all_of_its_images_came(output, lock, arrived):
+    whole = ("x.tar", -1, 0, "failed", 0)
+    publish(output, lock, "part-0.parquet", [whole, ("y.tar", 0, 1, "ok", 1)])
+    publish(output, lock, "part-1.parquet", [("x.tar", i, 2, "ok", 1) for i in range(arrived)], round=1)
+    assert ledger.read_ledger(output, read_parts(output)).is_superseded == (arrived == 2)
+    compaction.compact(output, read_parts(output), "r0002", superseded=True, lock=lock.ref)
+    rows = [(row.shard, row.shard_index) for row in naive(output, "images").itertuples()]
+    assert rows == [("x.tar", -1)] * (arrived < 2) + [("x.tar", i) for i in range(arrived)] + [("y.tar", 0)]
+    assert len(naive(output, "detections")) == arrived + 1
+    assert not ledger.read_ledger(output, read_parts(output)).is_superseded
+
+
+def test_parts_that_are_full_of_boxes_are_left_alone(output, lock, monkeypatch):
+    monkeypatch.setattr(compaction, "COMPACT_DETECTIONS", 10)
+    for number in range(6):
+        publish(output, lock, f"part-{number}.parquet", [("x.tar", number, 6, "ok", 4)])
+    once = compaction.compact(output, read_parts(output), "r0002", superseded=False, lock=lock.ref)
+    assert [part.num_detections for part in once] == [8, 8, 8]
+    assert compaction.compact(output, once, "r0003", superseded=False, lock=lock.ref) == once
 
 
 def test_large_parts_are_left_alone_and_groups_stay_below_the_limit(output, lock, monkeypatch):

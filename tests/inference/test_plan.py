@@ -11,6 +11,7 @@ from pipeline.config import InferConfig
 from pipeline.data.shards import Kind, Shard, list_shards
 from pipeline.errors import ConfigError
 from pipeline.inference.blocks import Work
+from pipeline.inference.lock import Lock
 from pipeline.inference.plan import (
     MAX_TASKS,
     MIN_TASKS_PER_CORE,
@@ -20,11 +21,13 @@ from pipeline.inference.plan import (
     group_tasks,
     make_plan,
     read_settings,
+    run_fingerprint,
     save_shards,
 )
 from pipeline.inference.run import Pool, is_slow
 from pipeline.model.ssd import build_model
-from tests.outputs import image, write_part
+from pipeline.results import load_detections, load_images
+from tests.outputs import box, failed_image, image, write_part
 
 
 def shards(count: int, *, num_bytes: int, kind: Kind = "tar") -> list[Work]:
@@ -114,44 +117,73 @@ def test_large_models_on_cpus_commit_after_a_few_images(architecture, device, ex
 def planned(source, output, **flags):
     settings = read_settings(InferConfig(), build_model("ssdlite300_mobilenet_v2", num_classes=2).spec)
     config = InferConfig(input=str(source), output=str(output), **flags)
-    return make_plan(config, settings, "f1", list_shards(str(source)))
+    with Lock(str(output)) as lock:
+        return make_plan(config, settings, "f1", list_shards(str(source)), lock=lock.ref)
 
 
-@pytest.mark.parametrize("finished", [False, True])
-def test_a_changed_shard_counts_as_changed_until_it_was_run_again(tmp_path, finished):
+def test_a_changed_shard_is_refused_until_it_is_redone_and_then_only_its_own_rows_go(tmp_path):
     source, output = tmp_path / "in", tmp_path / "out"
     source.mkdir()
     plan = functools.partial(planned, source, output)
-    (source / "a.tar").write_bytes(b"first")
-    write_part(output, "part-0", [image("a.tar/0.jpg", shard_size=1)], [])
+    for name in "ab":
+        (source / f"{name}.tar").write_bytes(b"first")
+    rows = [
+        image(f"{name}.tar/{i}.jpg", i + 1, shard=f"{name}.tar", shard_index=i, shard_size=2)
+        for name in "ab"
+        for i in range(2)
+    ]
+    boxes = [box(row["image_id"], detection_id=i) for row in rows for i in range(row["num_detections"])]
+    write_part(output, "part-0", rows, boxes)
     save_shards(plan())
     (source / "a.tar").write_bytes(b"another content")
+    with pytest.raises(ConfigError, match=r"1 shards changed .*a\.tar"):
+        plan()
     again = plan(redo_changed=True)
-    assert [work.shard.name for work in again.work] == ["a.tar"]
-    save_shards(again)  # and here the run is killed, or not
-    if finished:
-        save_shards(again, done=True)
-        assert plan().stale == {}
-    else:
-        with pytest.raises(ConfigError, match=r"1 shards changed .*a\.tar"):
-            plan()
+    assert [(work.shard.name, len(work.skip)) for work in again.work] == [("a.tar", 0)]
+    assert load_images(output).image_id.tolist() == ["b.tar/0.jpg", "b.tar/1.jpg"]
+    assert load_detections(output).image_id.tolist() == ["b.tar/0.jpg", "b.tar/1.jpg", "b.tar/1.jpg"]
+    # Killed before or after this, the next run does what is missing.
+    assert [work.shard.name for work in plan().work] == ["a.tar"]
+    save_shards(again)
+    assert [work.shard.name for work in plan().work] == ["a.tar"]
 
 
-def test_changed_shards_that_limit_left_out_stay_changed(tmp_path):
+def test_a_part_of_changed_shards_alone_leaves_an_empty_one(tmp_path):
     source, output = tmp_path / "in", tmp_path / "out"
     source.mkdir()
-    plan = functools.partial(planned, source, output)
-    rows = [image(f"{n}.tar/0.jpg", shard=f"{n}.tar", shard_size=1) for n in "ab"]
-    for content in (b"first", b"another content"):
-        for n in "ab":
-            (source / f"{n}.tar").write_bytes(content)
-        if content == b"first":
-            write_part(output, "part-0", rows, [])
-            save_shards(plan())
-    again = plan(redo_changed=True, limit=1)
-    assert [work.shard.name for work in again.work] == ["a.tar"]
-    save_shards(again, done=True)
-    assert plan(redo_changed=True).stale.keys() == {"b.tar"}
+    (source / "a.tar").write_bytes(b"first")
+    write_part(output, "part-0", [image("a.tar/0.jpg", shard="a.tar", shard_size=1)], [])
+    save_shards(planned(source, output))
+    (source / "a.tar").write_bytes(b"another content")
+    plan = planned(source, output, redo_changed=True)
+    assert [part.num_images for part in plan.known] == [0]
+    assert [work.shard.name for work in plan.work] == ["a.tar"]
+
+
+def test_thresholds_from_a_file_count_by_their_values(tmp_path):
+    spec = build_model("ssdlite300_mobilenet_v2", num_classes=2).spec
+
+    def recorded(value: float, name: str) -> object:
+        (tmp_path / name).write_text(json.dumps(dict.fromkeys(spec.class_names, value)))
+        return run_fingerprint(InferConfig(score_threshold=str(tmp_path / name)), spec, "w")
+
+    assert recorded(0.4, "a.json") == recorded(0.4, "b.json")
+    assert recorded(0.4, "a.json") == run_fingerprint(InferConfig(score_threshold=0.4), spec, "w")
+    assert recorded(0.3, "a.json") != recorded(0.4, "a.json")
+
+
+@pytest.mark.parametrize("failures", [0, 1])
+def test_a_retry_leaves_a_shard_alone_whose_images_came_after_it_had_failed_as_a_whole(tmp_path, failures):
+    source, output = tmp_path / "in", tmp_path / "out"
+    source.mkdir()
+    (source / "a.tar").write_bytes(b"content")
+    shard = {"shard": "a.tar", "shard_size": 2}
+    write_part(output, "part-0", [failed_image("a.tar", shard="a.tar", shard_index=-1, shard_size=0)], [])
+    of_images = [failed_image] * failures + [image] * (2 - failures)
+    rows = [make(f"a.tar/{i}.jpg", shard_index=i, **shard) for i, make in enumerate(of_images)]
+    write_part(output, "part-1", rows, [], round=1)
+    plan = planned(source, output, retry_failed=True)
+    assert [sorted(work.skip) for work in plan.work] == [[1]] * failures
 
 
 @pytest.mark.parametrize(

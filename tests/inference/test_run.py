@@ -224,6 +224,53 @@ def test_a_changed_shard_is_refused_and_redone_by_flag(folders):
     assert verify(str(source), str(target)).problems == []
 
 
+def test_a_changed_shard_with_fewer_or_other_images_leaves_none_of_the_old(folders):
+    source, target = folders
+    for name in ("fewer", "renamed"):
+        make_tar_shard(source / f"{name}.tar", {f"{i}.jpg": make_jpeg(seed=i) for i in range(5)})
+    make_tar_shard(source / "same.tar", 2, seed=50)
+    run(source, target)
+    make_tar_shard(source / "fewer.tar", {"0.jpg": make_jpeg(seed=7)})
+    make_tar_shard(source / "renamed.tar", {"x.jpg": make_jpeg(seed=8), "y.jpg": make_jpeg(seed=9)})
+    assert run(source, target, redo_changed=True).num_images == 5
+    fresh = target.with_name("fresh")
+    run(source, fresh)
+    assert tables(target) == tables(fresh)
+    assert verify(str(source), str(target)).problems == []
+
+
+def test_a_shard_that_failed_as_a_whole_is_healed_by_a_retry(folders, seen):
+    source, target = folders
+    path = make_tar_shard(source / "x.tar", 3)
+    good, stat = path.read_bytes(), path.stat()
+    for content, retry in ((good[:-1024] + bytes(512) + b"?" * 512, False), (good, True), (good, True)):
+        path.write_bytes(content)
+        os.utime(path, ns=(stat.st_atime_ns, stat.st_mtime_ns))  # what changed was the right to read it
+        report = run(source, target, seen.detector, retry_failed=retry, max_failed_fraction=1)
+        assert (report.num_images, report.num_failed) == ((3, 0) if retry else (1, 1))
+    assert len(seen.ids()) == 3
+    assert len(pd.read_parquet(target / "images")) == 3
+    assert verify(str(source), str(target)).problems == []
+
+
+def test_a_retry_of_many_images_that_fail_again_goes_on_to_its_end(folders):
+    source, target = folders
+    make_tar_shard(source / "a.tar", {f"{i}.jpg": b"broken" for i in range(1_100)})
+    make_tar_shard(source / "b.tar", {f"{i}.jpg": b"broken" for i in range(100)})
+    run(source, target, max_failed_fraction=1)
+    report = run(source, target, retry_failed=True)
+    assert (report.num_images_this_run, report.stopped_early) == (1_200, False)
+    assert report.over_budget  # at the end
+
+
+def test_paths_may_be_relative_to_the_drivers_folder(folders, monkeypatch):
+    source = folders[0]
+    make_tar_shard(source / "a.tar", 3)
+    monkeypatch.chdir(source.parent)  # not the workers'
+    assert run("in", "out").num_failed == 0
+    assert verify("in", "out").problems == []
+
+
 def test_other_settings_are_refused_with_the_difference(folders):
     source, target = folders
     make_tar_shard(source / "x.tar", 3)

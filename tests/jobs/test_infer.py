@@ -69,7 +69,9 @@ def finish(source, output):
     fingerprint = run_fingerprint(config, spec, checkpoint.weights_sha256(config.weights))
     storage.write_atomic(f"{output}/_run/config.json", json.dumps({"fingerprint": fingerprint}).encode())
     outputs.write_part(output, "part-0", [outputs.image("a.tar/000.jpg", shard_size=1)], [])
-    save_shards(make_plan(config, read_settings(config, spec), "f1", list_shards(config.input)))
+    with Lock(str(output)) as lock:
+        settings, shards = read_settings(config, spec), list_shards(config.input)
+        save_shards(make_plan(config, settings, "f1", shards, lock=lock.ref))
 
 
 def test_help_teaches():
