@@ -28,6 +28,7 @@ from pipeline.errors import StorageError
 ATTEMPTS = 8  # with the pauses below: gives up after about 30 s of trouble
 FIRST_PAUSE_S = 0.1
 LONGEST_PAUSE_S = 10.0
+MANY_FILES = 10  # to delete: a request for all and a listing cost less than one each
 READ_AHEAD_BYTES = 1 << 20  # of files that are read from end to end
 _UNFINISHED = ".tmp"  # ends the names of local files that are being written
 
@@ -329,7 +330,8 @@ def delete(uris: Iterable[str]) -> None:
         paths = [split(uri)[1] for uri in batch]
 
         def remove(paths: list[str] = paths, fs: fsspec.AbstractFileSystem = fs) -> None:
-            for path in paths if isinstance(fs, LocalFileSystem) else _left_after_bulk(fs, paths):
+            few = isinstance(fs, LocalFileSystem) or len(paths) < MANY_FILES
+            for path in paths if few else _left_after_bulk(fs, paths):
                 with contextlib.suppress(FileNotFoundError):
                     fs.rm_file(path)
 
@@ -337,7 +339,7 @@ def delete(uris: Iterable[str]) -> None:
 
 
 def _left_after_bulk(fs: fsspec.AbstractFileSystem, paths: list[str]) -> set[str]:
-    """Delete files of a store in one request for many; those that are still there.
+    """Delete files of a store in one request for all; those that are still there.
 
     s3fs (2026.9) says nothing of files that S3 refuses to delete in such a request.
     """

@@ -102,7 +102,9 @@ def test_a_write_that_fails_leaves_nothing(tmp_path, write):
     assert list(tmp_path.iterdir()) == []
 
 
-def test_deleting_what_is_gone_is_fine(folder):
+@pytest.mark.parametrize("many", [2, 100])
+def test_deleting_what_is_gone_is_fine(folder, monkeypatch, many):
+    monkeypatch.setattr(storage, "MANY_FILES", many)
     storage.write_atomic(f"{folder}/x", b"1")
     storage.delete([f"{folder}/gone", f"{folder}/x", f"{folder}/gone too"])
     assert storage.list_files(folder) == []
@@ -110,18 +112,21 @@ def test_deleting_what_is_gone_is_fine(folder):
     storage.delete_folder(folder)
 
 
-def test_a_store_that_refuses_to_delete_is_an_error(monkeypatch, s3):
+@pytest.mark.parametrize("many", [2, 100])
+def test_a_store_that_refuses_to_delete_is_an_error(monkeypatch, s3, many):
+    monkeypatch.setattr(storage, "MANY_FILES", many)
     with servers.proxy(s3, deletes=False) as proxy:
         for name, value in proxy.environment.items():
             monkeypatch.setenv(name, value)
-        fs, _ = storage.split("s3://kept")
-        fs.mkdir("kept")
-        for name in "ab":
-            storage.write_atomic(f"s3://kept/{name}", b"x")
-        with pytest.raises(StorageError, match=r"deleting 2 files such as s3://kept/a: access denied"):
-            storage.delete(["s3://kept/a", "s3://kept/b"])
+        bucket = f"kept-{many}"
+        storage.split(f"s3://{bucket}")[0].mkdir(bucket)
+        files = [f"s3://{bucket}/{name}" for name in "ab"]
+        for file in files:
+            storage.write_atomic(file, b"x")
+        with pytest.raises(StorageError, match=r"deleting 2 files such as s3://kept-\d+/a: access denied"):
+            storage.delete(files)
         with pytest.raises(StorageError, match=r"deleting 1 files .*access denied"):
-            storage.honours_exclusive("s3://kept/out")
+            storage.honours_exclusive(f"s3://{bucket}/out")
 
 
 def test_the_empty_object_of_a_folder_made_in_a_console_is_no_file(monkeypatch, s3):
