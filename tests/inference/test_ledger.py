@@ -275,7 +275,7 @@ def test_the_row_of_a_shard_that_failed_as_a_whole_goes_when_all_of_its_images_c
     publish(output, lock, "part-1.parquet", [("x.tar", i, 2, "ok", 1) for i in range(arrived)], round=1)
     assert ledger.read_ledger(output, read_parts(output)).is_superseded == (arrived == 2)
     compaction.compact(output, read_parts(output), "r0002", superseded=True, lock=lock.ref)
-    rows = [(row.shard, row.shard_index) for row in naive(output, "images").itertuples()]
+    rows = naive(output, "images")[["shard", "shard_index"]].astype(object).apply(tuple, axis=1).tolist()
     assert rows == [("x.tar", -1)] * (arrived < 2) + [("x.tar", i) for i in range(arrived)] + [("y.tar", 0)]
     assert len(naive(output, "detections")) == arrived + 1
     assert not ledger.read_ledger(output, read_parts(output)).is_superseded
