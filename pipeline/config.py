@@ -94,8 +94,8 @@ class InferConfig:
     """Run only the images that failed before; their rows are replaced. After repairs in a shard give
     --redo-changed, too."""
     redo_changed: bool = False
-    """Run shards again whose size or etag changed since they were finished (refused otherwise). Their old rows
-    are dropped first, also of those that --limit leaves for later."""
+    """Run shards again whose size or etag changed since they were finished (refused otherwise). Their old
+    rows are dropped first, also of those that --limit leaves for later."""
     overwrite: bool = False
     """Delete what is in the output folder and start anew."""
     dry_run: bool = False
