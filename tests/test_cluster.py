@@ -89,15 +89,34 @@ def test_a_submitted_job_runs_and_its_log_shows_progress(cluster, tmp_path):
     refused.value.close()
 
 
-def test_the_cluster_files_are_well_formed():
-    launcher = yaml.safe_load((ROOT / "ray-cluster.yaml").read_text())
+@pytest.fixture
+def launcher():
+    """The cluster launcher's file, parsed."""
+    return yaml.safe_load((ROOT / "ray-cluster.yaml").read_text())
+
+
+@pytest.fixture
+def job():
+    """What the KubeRay file says of the job, parsed."""
+    document = yaml.safe_load((ROOT / "cluster" / "rayjob.yaml").read_text())
+    assert document["kind"] == "RayJob"
+    return document["spec"]
+
+
+def test_the_cluster_files_are_well_formed(launcher, job):
     schema = Path(ray.autoscaler.__file__).with_name("ray-schema.json")
     jsonschema.validate(launcher, json.loads(schema.read_text()))
     assert launcher["head_node_type"] in launcher["available_node_types"]
-    job = yaml.safe_load((ROOT / "cluster" / "rayjob.yaml").read_text())
-    assert job["kind"] == "RayJob"
-    entrypoint = job["spec"]["entrypoint"].split()
-    assert (ROOT / entrypoint[1]).exists()
+    assert (ROOT / job["entrypoint"].split()[1]).exists()
+
+
+def test_a_gpu_is_there_when_a_job_starts(launcher, job):
+    """Jobs look for GPUs at their start only: those of nodes that come later stay idle."""
+    detector = launcher["available_node_types"]["detector"]
+    assert detector["resources"]["GPU"] * detector["min_workers"] >= 1
+    (group,) = job["rayClusterSpec"]["workerGroupSpecs"]
+    (container,) = group["template"]["spec"]["containers"]
+    assert container["resources"]["limits"]["nvidia.com/gpu"] * group["minReplicas"] >= 1
 
 
 def test_the_local_cluster_script_explains_itself():
