@@ -119,6 +119,18 @@ def test_a_gpu_is_there_when_a_job_starts(launcher, job):
     assert container["resources"]["limits"]["nvidia.com/gpu"] * group["minReplicas"] >= 1
 
 
+def test_kuberay_can_submit_its_job_and_see_how_it_ends(job):
+    """A container beside the head submits, with the token; the operator asks the head's service how it is."""
+    assert job["submissionMode"] == "SidecarMode"
+    cluster = job["rayClusterSpec"]
+    assert cluster["authOptions"] == {"mode": "token"}
+    dockerfile = (ROOT / "cluster" / "Dockerfile").read_text()
+    assert f"FROM rayproject/ray:{cluster['rayVersion']}-" in dockerfile
+    assert "dashboard-host" not in cluster["headGroupSpec"]["rayStartParams"]
+    # A token of our own would be another one than that of the operator and of the submitting container.
+    assert "RAY_AUTH" not in json.dumps(job)
+
+
 def test_the_local_cluster_script_explains_itself():
     done = subprocess.run(["bash", ROOT / "cluster" / "local.sh"], capture_output=True, text=True)
     assert done.returncode == 2
