@@ -4,9 +4,11 @@ import contextlib
 import json
 import os
 import re
+import shlex
 import subprocess
 import sys
 import time
+import tomllib
 import urllib.error
 import urllib.request
 import uuid
@@ -129,6 +131,20 @@ def test_kuberay_can_submit_its_job_and_see_how_it_ends(job):
     assert "dashboard-host" not in cluster["headGroupSpec"]["rayStartParams"]
     # A token of our own would be another one than that of the operator and of the submitting container.
     assert "RAY_AUTH" not in json.dumps(job)
+
+
+def test_the_documented_installations_can_train_and_measure(launcher):
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    needed = {name_of(line) for line in project["dependencies"] + project["optional-dependencies"]["eval"]}
+    (setup,) = launcher["setup_commands"]
+    assert {name_of(word) for word in shlex.split(setup)[2:]} == needed
+    for place in ("README.md", "cluster/Dockerfile"):
+        assert re.findall(r"pip install .*-e (\S+)", (ROOT / place).read_text()) == ["'.[eval]'"], place
+
+
+def name_of(requirement):
+    """The package of a requirement, without extras and versions."""
+    return re.split(r"[\[<>=]", requirement)[0]
 
 
 def test_the_local_cluster_script_explains_itself():
