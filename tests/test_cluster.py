@@ -5,6 +5,7 @@ import json
 import os
 import re
 import shlex
+import shutil
 import subprocess
 import sys
 import time
@@ -12,6 +13,7 @@ import tomllib
 import urllib.error
 import urllib.request
 import uuid
+import zipfile
 from pathlib import Path
 
 import jsonschema
@@ -19,6 +21,7 @@ import psutil
 import pytest
 import ray.autoscaler
 import yaml
+from ray._private.runtime_env import packaging
 
 from pipeline.results import load_images
 from tests import servers
@@ -145,6 +148,27 @@ def test_the_documented_installations_can_train_and_measure(launcher):
 def name_of(requirement):
     """The package of a requirement, without extras and versions."""
     return re.split(r"[\[<>=]", requirement)[0]
+
+
+def test_a_submitted_job_takes_the_code_along_and_leaves_data_and_outputs_here(tmp_path):
+    checkout = tmp_path / "checkout"
+    files = [path for folder in ("pipeline", "jobs") for path in (ROOT / folder).rglob("*") if path.is_file()]
+    code = {str(path.relative_to(ROOT)) for path in files if "__pycache__" not in path.parts}
+    weights = "trained/model.safetensors"
+    outputs = {"shards/train/shard-00000.tar", "trained/checkpoints/c/learner.pt", "trained/_run/config.json",
+               "detections/images/part-0.parquet", "demo-output/results/images/part-0.parquet",
+               "data/1.jpg", "VOC2007/JPEGImages/1.jpg", "BCCD/1.jpg", "photographs/1.jpg"}  # fmt: skip
+    for name in code | outputs | {weights}:
+        (checkout / name).parent.mkdir(parents=True, exist_ok=True)
+        (checkout / name).touch()
+    for name in (".gitignore", ".rayignore"):
+        shutil.copy(ROOT / name, checkout / name)
+    package = tmp_path / "package.zip"
+    packaging.create_package(str(checkout), package, include_gitignore=True)  # what `ray job submit` calls
+    with zipfile.ZipFile(package) as file:
+        sent = {name for name in file.namelist() if not name.endswith("/")} - {".gitignore", ".rayignore"}
+    assert "pipeline/data/tar.py" in sent
+    assert sent == code | {weights}
 
 
 def test_the_local_cluster_script_explains_itself():
