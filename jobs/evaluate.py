@@ -4,7 +4,8 @@
   python jobs/evaluate.py --detections out --annotations VOC2007 --split test --metric voc07
   python jobs/evaluate.py --detections new --baseline old --annotations shards/val --plots pictures
 
-Images are matched by id, or by file name without folder and extension. Exit codes: 0 done; 2 wrong flags.
+Images are matched by id, or by file name without folder and extension. Exit codes: 0 done; 2 refused or
+broken off, and one line says why.
 """
 
 import json

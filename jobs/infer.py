@@ -6,7 +6,8 @@ Without flags: the built-in demo, on real photographs, into ./demo-output/.
   ray job submit --working-dir . -- python jobs/infer.py --input s3://bucket/shards --output s3://bucket/detections
 
 Run the same command again after a crash, or when new shards have arrived: finished shards are not opened.
-Exit codes: 0 done; 1 crash; 2 wrong flags or refused; 3 more images failed than --max-failed-fraction.
+Exit codes: 0 done; 1 crash; 2 refused or broken off, and one line says why (wrong flags, a store that is
+away, images still missing); 3 more images failed than --max-failed-fraction.
 """
 
 import sys

@@ -6,7 +6,7 @@
 
 Images are copied byte for byte; the same input gives the same shards. Boxes without area, outside their image
 or of an unknown class are refused by file and object, or left out with --skip-bad-boxes.
-Exit codes: 0 done; 1 crash; 2 wrong flags or refused.
+Exit codes: 0 done; 1 crash; 2 refused or broken off, and one line says why.
 """
 
 import sys

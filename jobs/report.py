@@ -3,7 +3,8 @@
   python jobs/report.py --output s3://bucket/detections --html report.html
   python jobs/report.py --output new --baseline old --html changes.html
 
-The page holds everything and needs no network. Exit codes: 0 done; 2 wrong flags.
+The page holds everything and needs no network. Exit codes: 0 done; 2 refused or broken
+off, and one line says why.
 """
 
 import sys

@@ -5,8 +5,8 @@
   python jobs/infer.py --weights out/model.safetensors --input photographs --output detections
 
 Run the same command again after a crash: it goes on from the last checkpoint. model.safetensors holds the
-averaged weights of the highest AP on --val. Exit codes: 0 done; 1 crash; 2 wrong flags, refused, or a loss
-that is not finite.
+averaged weights of the highest AP on --val. Exit codes: 0 done; 1 crash; 2 refused or broken off, and one
+line says why (wrong flags, a store that is away, a loss that is not finite).
 """
 
 import sys

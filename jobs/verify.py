@@ -2,7 +2,8 @@
 
   python jobs/verify.py --input s3://bucket/shards --output s3://bucket/detections
 
-Exit codes: 0 complete; 1 not complete (a list of what is wrong); 2 wrong flags.
+Exit codes: 0 complete; 1 not complete (a list of what is wrong); 2 refused or broken off, and
+one line says why.
 """
 
 import sys

@@ -1,6 +1,6 @@
 """The flags of every job: one frozen dataclass per job, checked where it is made.
 
-`run_job` turns a dataclass into a command line: field docstrings are the help texts, and a `ConfigError`
+`run_job` turns a dataclass into a command line: field docstrings are the help texts, and a `PipelineError`
 is one line with exit code 2.
 """
 
@@ -14,7 +14,7 @@ from pipeline.errors import ConfigError, PipelineError
 
 Config = TypeVar("Config")
 
-REFUSED = 2  # exit code: bad flags, or a request that is refused
+REFUSED = 2  # exit code: bad flags, a request that is refused, a run that can't go on
 
 
 def run_job(
@@ -25,8 +25,8 @@ def run_job(
     `resumes` says that the same command goes on where an earlier one stopped.
 
     Returns:
-        The exit code: what `main` returns, 2 where flags or input are refused (one line, no traceback), 130
-        or 143 where Ctrl-C or SIGTERM stopped it.
+        The exit code: what `main` returns, 2 where flags or input are refused or the run can't go on (one
+        line, no traceback), 130 or 143 where Ctrl-C or SIGTERM stopped it.
     """
     import tyro  # only jobs need it
 
@@ -75,7 +75,8 @@ class InferConfig:
     max_detectors: int = 0
     """Largest number of detector actors; 0 chooses by the cluster."""
     limit: int = 0
-    """Stop after about this many images (whole shards are kept); 0 means all."""
+    """Run only the first unfinished shards, whole ones. A packed one (.tar, .parquet) counts as 64 images, as
+    nobody knows yet how many it has: --limit 1000 runs 16 of them, be it 16,000 images. 0: all."""
     image_column: str = ""
     """Parquet shards: the column with the image bytes; found by name where empty."""
     id_column: str = ""

@@ -4,12 +4,16 @@ import contextlib
 import json
 import os
 import re
+import shlex
+import shutil
 import subprocess
 import sys
 import time
+import tomllib
 import urllib.error
 import urllib.request
 import uuid
+import zipfile
 from pathlib import Path
 
 import jsonschema
@@ -17,6 +21,7 @@ import psutil
 import pytest
 import ray.autoscaler
 import yaml
+from ray._private.runtime_env import packaging
 
 from pipeline.results import load_images
 from tests import servers
@@ -89,15 +94,81 @@ def test_a_submitted_job_runs_and_its_log_shows_progress(cluster, tmp_path):
     refused.value.close()
 
 
-def test_the_cluster_files_are_well_formed():
-    launcher = yaml.safe_load((ROOT / "ray-cluster.yaml").read_text())
+@pytest.fixture
+def launcher():
+    """The cluster launcher's file, parsed."""
+    return yaml.safe_load((ROOT / "ray-cluster.yaml").read_text())
+
+
+@pytest.fixture
+def job():
+    """What the KubeRay file says of the job, parsed."""
+    document = yaml.safe_load((ROOT / "cluster" / "rayjob.yaml").read_text())
+    assert document["kind"] == "RayJob"
+    return document["spec"]
+
+
+def test_the_cluster_files_are_well_formed(launcher, job):
     schema = Path(ray.autoscaler.__file__).with_name("ray-schema.json")
     jsonschema.validate(launcher, json.loads(schema.read_text()))
     assert launcher["head_node_type"] in launcher["available_node_types"]
-    job = yaml.safe_load((ROOT / "cluster" / "rayjob.yaml").read_text())
-    assert job["kind"] == "RayJob"
-    entrypoint = job["spec"]["entrypoint"].split()
-    assert (ROOT / entrypoint[1]).exists()
+    assert (ROOT / job["entrypoint"].split()[1]).exists()
+
+
+def test_a_gpu_is_there_when_a_job_starts(launcher, job):
+    """Jobs look for GPUs at their start only: those of nodes that come later stay idle."""
+    detector = launcher["available_node_types"]["detector"]
+    assert detector["resources"]["GPU"] * detector["min_workers"] >= 1
+    (group,) = job["rayClusterSpec"]["workerGroupSpecs"]
+    (container,) = group["template"]["spec"]["containers"]
+    assert container["resources"]["limits"]["nvidia.com/gpu"] * group["minReplicas"] >= 1
+
+
+def test_kuberay_can_submit_its_job_and_see_how_it_ends(job):
+    """A container beside the head submits, with the token; the operator asks the head's service how it is."""
+    assert job["submissionMode"] == "SidecarMode"
+    cluster = job["rayClusterSpec"]
+    assert cluster["authOptions"] == {"mode": "token"}
+    dockerfile = (ROOT / "cluster" / "Dockerfile").read_text()
+    assert f"FROM rayproject/ray:{cluster['rayVersion']}-" in dockerfile
+    assert "dashboard-host" not in cluster["headGroupSpec"]["rayStartParams"]
+    # A token of our own would be another one than that of the operator and of the submitting container.
+    assert "RAY_AUTH" not in json.dumps(job)
+
+
+def test_the_documented_installations_can_train_and_measure(launcher):
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    needed = {name_of(line) for line in project["dependencies"] + project["optional-dependencies"]["eval"]}
+    (setup,) = launcher["setup_commands"]
+    assert {name_of(word) for word in shlex.split(setup)[2:]} == needed
+    for place in ("README.md", "cluster/Dockerfile"):
+        assert re.findall(r"pip install .*-e (\S+)", (ROOT / place).read_text()) == ["'.[eval]'"], place
+
+
+def name_of(requirement):
+    """The package of a requirement, without extras and versions."""
+    return re.split(r"[\[<>=]", requirement)[0]
+
+
+def test_a_submitted_job_takes_the_code_along_and_leaves_data_and_outputs_here(tmp_path):
+    checkout = tmp_path / "checkout"
+    files = [path for folder in ("pipeline", "jobs") for path in (ROOT / folder).rglob("*") if path.is_file()]
+    code = {str(path.relative_to(ROOT)) for path in files if "__pycache__" not in path.parts}
+    weights = "trained/model.safetensors"
+    outputs = {"shards/train/shard-00000.tar", "trained/checkpoints/c/learner.pt", "trained/_run/config.json",
+               "detections/images/part-0.parquet", "demo-output/results/images/part-0.parquet",
+               "data/1.jpg", "VOC2007/JPEGImages/1.jpg", "BCCD/1.jpg", "photographs/1.jpg"}  # fmt: skip
+    for name in code | outputs | {weights}:
+        (checkout / name).parent.mkdir(parents=True, exist_ok=True)
+        (checkout / name).touch()
+    for name in (".gitignore", ".rayignore"):
+        shutil.copy(ROOT / name, checkout / name)
+    package = tmp_path / "package.zip"
+    packaging.create_package(str(checkout), package, include_gitignore=True)  # what `ray job submit` calls
+    with zipfile.ZipFile(package) as file:
+        sent = {name for name in file.namelist() if not name.endswith("/")} - {".gitignore", ".rayignore"}
+    assert "pipeline/data/tar.py" in sent
+    assert sent == code | {weights}
 
 
 def test_the_local_cluster_script_explains_itself():

@@ -48,7 +48,7 @@ def report_page(
     names = summary.classes["class_name"].tolist()
     chosen = _choose_images(output, min_score, max_images)
     boxes = load_detections(output, min_score=min_score, image_ids=chosen["image_id"].tolist())
-    images = _images(chosen, boxes, names, input_uri)
+    images = _images(output, chosen, boxes, names, input_uri)
     changes = compare_runs(output, baseline, min_score=max(min_score, 0.5)) if baseline else None
     if changes is not None:
         names += sorted(set(changes["class_name"]) - set(names))
@@ -109,11 +109,11 @@ def _choose_images(output: str, min_score: float, max_images: int) -> pd.DataFra
 
 
 def _images(
-    chosen: pd.DataFrame, boxes: pd.DataFrame, names: list[str], input_uri: str
+    output: str, chosen: pd.DataFrame, boxes: pd.DataFrame, names: list[str], input_uri: str
 ) -> list[dict[str, Any]]:
     labels = {name: i for i, name in enumerate(names)}
     found = []
-    for image_id, pixels in read_photographs(chosen, input_uri=input_uri):
+    for image_id, pixels in read_photographs(chosen, output, input_uri=input_uri):
         height, width = pixels.shape[:2]
         rows = _boxes(boxes.loc[boxes["image_id"] == image_id], labels)
         source = _data_url(pixels)
@@ -174,7 +174,8 @@ def _changed_images(
     most = changes["image_id"].value_counts().head(CHANGED_IMAGES).index
     images = load_images(output, status="ok", columns=COLUMNS)
     chosen = images.loc[images["image_id"].isin(most.to_series())]
-    found = _images(chosen, changes.loc[changes["image_id"].isin(most.to_series())], names, input_uri)
+    boxes = changes.loc[changes["image_id"].isin(most.to_series())]
+    found = _images(output, chosen, boxes, names, input_uri)
     return sorted(found, key=lambda image: -len(image["boxes"]))
 
 

@@ -38,7 +38,7 @@ def sheet_of_run(
     chosen = spread(with_box if len(with_box) or class_names else images, max_images)
     ids = chosen["image_id"].tolist()
     boxes = load_detections(output_uri, min_score=min_score, class_names=class_names, image_ids=ids)
-    photographs = read_photographs(chosen, input_uri=input_uri)
+    photographs = read_photographs(chosen, output_uri, input_uri=input_uri)
     return contact_sheet(
         [(image_id, pixels, boxes.loc[boxes["image_id"] == image_id]) for image_id, pixels in photographs]
     )

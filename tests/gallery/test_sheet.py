@@ -1,7 +1,14 @@
+import io
+import json
+
 import numpy as np
 import pandas as pd
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
+from PIL import Image
 
+from pipeline.config import InferConfig, flags
 from pipeline.data.shards import list_shards, read_shard
 from pipeline.gallery import sheet_of_run
 from pipeline.gallery.photographs import COLUMNS, read_photographs
@@ -36,7 +43,7 @@ def photographs(tmp_path):
 
 def test_photographs_of_every_kind_of_shard_are_read_upright(photographs):
     images = load_images(photographs / "out", columns=COLUMNS)
-    read = dict(read_photographs(images))
+    read = dict(read_photographs(images, photographs / "out"))
     assert read.keys() == set(images.image_id)
     assert {pixels.shape for pixels in read.values()} == {(48, 64, 3)}
 
@@ -44,14 +51,49 @@ def test_photographs_of_every_kind_of_shard_are_read_upright(photographs):
 def test_only_the_images_asked_for_are_read(photographs):
     images = load_images(photographs / "out", columns=COLUMNS)
     wanted = images.loc[images.image_id == "a.tar/001.jpg"]
-    assert [image_id for image_id, _ in read_photographs(wanted)] == ["a.tar/001.jpg"]
+    assert [name for name, _ in read_photographs(wanted, photographs / "out")] == ["a.tar/001.jpg"]
 
 
 def test_an_input_that_moved_is_found_where_it_is_now(photographs):
     images = load_images(photographs / "out", columns=COLUMNS)
     (photographs / "in").rename(photographs / "moved")
-    assert list(read_photographs(images)) == []
-    assert len(list(read_photographs(images, input_uri=str(photographs / "moved")))) == len(images)
+    assert list(read_photographs(images, photographs / "out")) == []
+    moved = read_photographs(images, photographs / "out", input_uri=str(photographs / "moved"))
+    assert len(list(moved)) == len(images)
+
+
+def write_record(output, **given):
+    """What a run with these flags leaves in its output."""
+    (output / "_run").mkdir(parents=True)
+    (output / "_run/config.json").write_text(json.dumps({"flags": flags(InferConfig(**given))}))
+
+
+def test_photographs_are_read_with_the_flags_of_their_run(tmp_path):
+    shard = make_parquet_shard(tmp_path / "a.parquet", {"a": make_jpeg()}, image_column="photo")
+    table = pq.read_table(shard)
+    pq.write_table(table.append_column("image", pa.array([make_jpeg(16, 16)])), shard)  # the usual name
+    row = image("a.parquet/a", uri=str(shard), shard="a.parquet", shard_size=1)
+    for name in ("column", "small"):
+        write_part(tmp_path / name, "part-0", [row], [])
+    write_record(tmp_path / "column", image_column="photo", id_column="image_id")
+    write_record(tmp_path / "small", image_column="photo", max_pixels=64 * 48 - 1)
+    rows = load_images(tmp_path / "column", columns=COLUMNS)
+    read = dict(read_photographs(rows, tmp_path / "column"))
+    assert {image_id: pixels.shape for image_id, pixels in read.items()} == {"a.parquet/a": (48, 64, 3)}
+    assert list(read_photographs(rows, tmp_path / "small")) == []
+
+
+def test_photographs_as_large_as_a_run_takes_are_shown(tmp_path):
+    """By default 100 million pixels, with or without a record; `decode_image` alone refuses over 50."""
+    picture = io.BytesIO()
+    Image.new("RGB", (10_000, 6_000)).save(picture, "JPEG")
+    (tmp_path / "in").mkdir()
+    (tmp_path / "in/large.jpg").write_bytes(picture.getvalue())
+    write_output(tmp_path / "in", tmp_path / "out")
+    rows = load_images(tmp_path / "out", columns=COLUMNS)
+    assert len(list(read_photographs(rows, tmp_path / "out"))) == 1
+    write_record(tmp_path / "out")
+    assert len(list(read_photographs(rows, tmp_path / "out"))) == 1
 
 
 def test_a_sheet_of_a_run_has_its_photographs_with_boxes(photographs):

@@ -19,6 +19,7 @@ from pipeline.inference.plan import (
     check_clearable,
     check_output,
     group_tasks,
+    limited,
     make_plan,
     read_settings,
     run_fingerprint,
@@ -32,6 +33,13 @@ from tests.outputs import box, failed_image, image, write_part
 
 def shards(count: int, *, num_bytes: int, kind: Kind = "tar") -> list[Work]:
     return [Work(Shard(f"{kind}-{n}", f"s3://b/{n}", kind, num_bytes, "e")) for n in range(count)]
+
+
+def test_a_limit_counts_a_packed_shard_as_64_images_and_a_loose_one_as_one():
+    packed, loose = shards(20, num_bytes=100_000_000), shards(20, num_bytes=100_000, kind="image")
+    assert limited(packed, 1000) == packed[:16]
+    assert limited(loose, 7) == loose[:7]
+    assert limited(packed, 0) == packed
 
 
 @given(

@@ -217,6 +217,7 @@ def test_a_driver_that_is_killed_goes_on_with_the_same_command_on_s3(whole, fold
             done.stdout + done.stderr
         )
         assert "going on after step" in done.stdout + done.stderr
+        assert "workers on cpu" in done.stdout + done.stderr
         assert "testing-secret" not in done.stdout + done.stderr
         assert "This run is done already" in train(config).text()
         assert_same_run(config.output, whole[0].output)
