@@ -51,13 +51,18 @@ class Recipe:
 
 
 def make_optimizer(model: nn.Module, recipe: Recipe) -> torch.optim.Optimizer:
-    """The optimizer of the parameters that are not frozen; each group has its `factor` of the rate."""
+    """The optimizer of the parameters that are not frozen; each group has its `factor` of the rate.
+
+    SGD as in the paper's code: biases at twice the rate and without decay, the scale of L2Norm like weights.
+    AdamW: no decay of biases and scales.
+    """
     trained = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
     if not trained:
         raise ConfigError("--freeze leaves nothing to train")
-    weights = [p for _, p in trained if p.ndim > 1]
-    others = [p for _, p in trained if p.ndim <= 1]  # biases, batch norm, the scale of L2Norm
     sgd = recipe.optimizer == "sgd"
+    is_other = [name.endswith(".bias") if sgd else p.ndim <= 1 for name, p in trained]
+    weights = [p for (_, p), other in zip(trained, is_other, strict=True) if not other]
+    others = [p for (_, p), other in zip(trained, is_other, strict=True) if other]
     groups = [
         {"params": weights, "weight_decay": recipe.weight_decay, "factor": 1.0},
         {"params": others, "weight_decay": 0.0, "factor": 2.0 if sgd else 1.0},

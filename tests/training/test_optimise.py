@@ -27,7 +27,7 @@ def test_sgd_gives_biases_twice_the_rate_and_no_decay():
     by_parameter = {id(p): group for group in optimizer.param_groups for p in group["params"]}
     for name, parameter in model.named_parameters():
         group = by_parameter[id(parameter)]
-        plain = name.endswith(".weight")
+        plain = not name.endswith(".bias")  # the scale of L2Norm, too: Caffe's default
         assert (group["lr"], group["weight_decay"]) == ((0.01, 5e-4) if plain else (0.02, 0.0)), name
 
 
