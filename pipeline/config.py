@@ -22,7 +22,7 @@ def run_job(
 ) -> int:
     """Parse the command line into `config` and run `main` with it.
 
-    `resumes` says that the same command goes on where an earlier one stopped.
+    `resumes` says that the same command goes on where an earlier one stopped (without `--overwrite`).
 
     Returns:
         The exit code: what `main` returns, 2 where flags or input are refused (one line, no traceback), 130
@@ -31,6 +31,7 @@ def run_job(
     import tyro  # only jobs need it
 
     stopped_by = signal.SIGINT
+    given: Config | None = None
 
     def stop(number: int, _frame: object) -> None:
         nonlocal stopped_by
@@ -39,13 +40,20 @@ def run_job(
 
     signal.signal(signal.SIGTERM, stop)
     try:
-        return main(tyro.cli(config, description=description))
+        given = tyro.cli(config, description=description)
+        return main(given)
     except KeyboardInterrupt:
-        print("stopped; the same command goes on from here" if resumes else "stopped", file=sys.stderr)
+        print(f"stopped{_going_on(given)}" if resumes else "stopped", file=sys.stderr)
         return 128 + stopped_by
     except PipelineError as error:
         print(f"error: {error}", file=sys.stderr)
         return REFUSED
+
+
+def _going_on(config: object) -> str:
+    """How a stopped job goes on."""
+    but = " without --overwrite" if getattr(config, "overwrite", False) else ""
+    return f"; the same command{but} goes on from here"
 
 
 def flags(config: object) -> dict[str, object]:

@@ -90,16 +90,16 @@ def train(config: TrainConfig) -> Outcome:
     started = time.time()
     # Ray Train's workers have working directories of their own.
     config = replace(config, output=storage.absolute(config.output))
-    if config.overwrite:
-        with Lock(config.output):
-            clear(config.output)
     check_output(config)
-    if (finished := read_json(record(config, "result.json"))) is not None:
+    finished = None if config.overwrite else read_json(record(config, "result.json"))
+    if finished is not None:
         return Outcome(config, Position(**finished), was_done=True)
     prepared = prepare(config)
     check_decided(prepared.plan, config)
     logger.info("%s", prepared.plan.text())
     with Lock(config.output):
+        if config.overwrite:
+            clear(config.output)  # not before: what is refused deletes nothing
         classes = dict(enumerate(prepared.plan.classes.names, start=1))
         facts = {"flags": flags(config), "decided": prepared.plan.decided(), "classes": classes}
         storage.write_atomic(record(config, "config.json"), json.dumps(facts, indent=2).encode())
@@ -146,7 +146,7 @@ def prepare(config: TrainConfig) -> Prepared:
     tables = {}
     for name, some in shards.items():
         digest = shards_digest(some, classes)
-        kept = load_index(record(config, f"index-{name}.parquet"), digest)
+        kept = None if config.overwrite else load_index(record(config, f"index-{name}.parquet"), digest)
         tables[name] = (read_index(some, classes) if kept is None else kept, digest)
     train_rows = usable_rows(tables["train"][0], config)
     plan = make_plan(config, classes, model, train=train_rows, val=tables["val"][0])
