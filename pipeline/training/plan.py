@@ -224,6 +224,7 @@ class Plan:
     config: TrainConfig
     classes: Classes
     spec: ModelSpec
+    device: str
     num_parameters: int
     num_trained: int
     num_stages: int
@@ -266,7 +267,7 @@ class Plan:
         config, spec = self.config, self.spec
         budget = f", at most {config.max_minutes:g} minutes" if config.max_minutes else ""
         rates = ", ".join(
-            f"{p:.0%} {learning_rate(p, make_recipe(config, device='cpu')):.2g}" for p in _MARKS
+            f"{p:.0%} {learning_rate(p, make_recipe(config, device=self.device)):.2g}" for p in _MARKS
         )
         augmentation = self.samples.augmentation
         flips = f", flip {config.flip}" if augmentation != "none" else ""
@@ -283,7 +284,7 @@ class Plan:
                     for id_, name in zip(self.classes.ids, self.classes.names, strict=True)
                 ),
                 f"{self.num_steps:,} steps of {config.batch_size} images = {self.num_epochs:,} epochs"
-                f"{budget}; {config.workers} workers, {config.validations} validations",
+                f"{budget}; {config.workers} workers on {self.device}, {config.validations} validations",
                 f"{config.optimizer}, augmentation {augmentation}{flips}; learning rate by progress: {rates}",
             ]
         )
@@ -292,11 +293,13 @@ class Plan:
 _MARKS = (0.01, 0.03, 0.1, 0.25, 0.5, 0.75, 0.9, 1.0)
 
 
-def make_plan(config: TrainConfig, classes: Classes, model: SSD, *, train: pa.Table, val: pa.Table) -> Plan:
-    """Check the data against each other and put the plan together.
+def make_plan(
+    config: TrainConfig, classes: Classes, model: SSD, *, device: str, train: pa.Table, val: pa.Table
+) -> Plan:
+    """Put the plan together.
 
     Raises:
-        ConfigError: nothing to learn or to measure, or an image is in both sets.
+        ConfigError: nothing to measure.
     """
     if not len(val) or not sum(objects_by_class(val, classes).values()):
         raise ConfigError(f"--val {config.val}: none of its {len(val)} images has an object to measure")
@@ -306,6 +309,7 @@ def make_plan(config: TrainConfig, classes: Classes, model: SSD, *, train: pa.Ta
         config=config,
         classes=classes,
         spec=model.spec,
+        device=device,
         num_parameters=sum(p.numel() for p in parameters),
         num_trained=sum(p.numel() for p in parameters if p.requires_grad),
         num_stages=len(stages(model)),

@@ -127,7 +127,6 @@ class Prepared:
 
     plan: Plan
     model: SSD
-    device: str
     tables: dict[str, tuple[pa.Table, str]]
     """Index and digest of "train" and "val"."""
 
@@ -149,18 +148,17 @@ def prepare(config: TrainConfig) -> Prepared:
         kept = None if config.overwrite else load_index(record(config, f"index-{name}.parquet"), digest)
         tables[name] = (read_index(some, classes) if kept is None else kept, digest)
     train_rows = usable_rows(tables["train"][0], config)
-    plan = make_plan(config, classes, model, train=train_rows, val=tables["val"][0])
-    return Prepared(plan, model, device, tables)
+    plan = make_plan(config, classes, model, device=device, train=train_rows, val=tables["val"][0])
+    return Prepared(plan, model, tables)
 
 
 def choose_device(config: TrainConfig) -> str:
     """Where workers train. Raises: ConfigError: too few GPUs in the cluster, or bfloat16 without any."""
     gpus = int(runtime.cluster_resource("GPU"))
-    device = ("cuda" if gpus >= config.workers else "cpu") if config.device == "auto" else config.device
+    device = ("cuda" if gpus else "cpu") if config.device == "auto" else config.device
     if device == "cuda" and gpus < config.workers:
-        raise ConfigError(
-            f"--device cuda: {config.workers} workers need as many GPUs; the cluster has {gpus}"
-        )
+        found = f"the cluster has {gpus} GPU{'s' * (gpus != 1)} for {config.workers} workers"
+        raise ConfigError(f"{found}: {f'--workers {gpus}, or ' if gpus else ''}--device cpu")
     if device == "cpu" and config.precision == "bfloat16":
         # Of two equal steps one had gradients that were finite but absurd, the other sound ones (torch 2.15).
         raise ConfigError("--precision bfloat16 needs GPUs: on CPUs its gradients are not reliable")
@@ -216,7 +214,7 @@ def fit(prepared: Prepared, *, started: float) -> Position:
     with showing() as board:
         job = Job(
             config=config,
-            device=prepared.device,
+            device=plan.device,
             schedule=Schedule(
                 num_steps=plan.num_steps,
                 steps_per_epoch=plan.num_images / config.batch_size,

@@ -139,19 +139,20 @@ def test_sets_without_any_object_are_refused(tmp_path):
     model: Any = initial_model(config(tmp_path), classes)
     empty, _ = read_set(tmp_path / "val")
     with pytest.raises(ConfigError, match=r"--val .*has an object to measure"):
-        make_plan(config(tmp_path), classes, model, train=full, val=empty)
+        make_plan(config(tmp_path), classes, model, device="cpu", train=full, val=empty)
 
 
 def test_the_plan_tells_images_boxes_steps_and_rates(sets):
     wanted = config(sets, epochs=10, batch_size=4, max_minutes=5)
     train, classes = read_set(sets / "train")
     val, _ = read_set(sets / "val")
-    plan = make_plan(wanted, classes, initial_model(wanted, classes), train=train, val=val)
+    plan = make_plan(wanted, classes, initial_model(wanted, classes), device="cpu", train=train, val=val)
     text = plan.text()
     counts = np.bincount([label for row in train["labels"].to_pylist() for label in row], minlength=3)[1:]
     assert plan.objects == dict(zip(("disc", "square"), counts.tolist(), strict=True))
     for part in ("6 images to learn from (2 without", "15 steps of 4 images = 10 epochs, at most 5 minutes"):
         assert part in text
+    assert "1 workers on cpu, 10 validations" in text
     assert "10% 0.0005" in text
     assert "adamw, augmentation light, flip horizontal;" in text
     assert "5 of 19 backbone stages frozen" in text
@@ -177,7 +178,7 @@ def test_short_runs_have_fewer_epochs_and_crop_if_these_are_more_than_18(
 ):
     wanted = config(sets, epochs=given, max_minutes=minutes, batch_size=8)
     train, classes = read_set(sets / "train")
-    plan = make_plan(wanted, classes, initial_model(wanted, classes), train=train, val=train)
+    plan = make_plan(wanted, classes, initial_model(wanted, classes), device="cpu", train=train, val=train)
     plan = dataclasses.replace(plan, num_images=num_images)
     assert (plan.num_epochs, plan.num_steps) == (epochs, -(-epochs * num_images // 8))
     assert plan.samples.augmentation == augmentation

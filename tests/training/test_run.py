@@ -271,6 +271,28 @@ def test_bfloat16_without_gpus_is_refused(folder, monkeypatch):
         choose_device(flags(folder, "half", precision="bfloat16"))
 
 
+@pytest.mark.parametrize(
+    ("device", "gpus", "chosen"), [("auto", 0.0, "cpu"), ("auto", 4.0, "cuda"), ("cpu", 2.0, "cpu")]
+)
+def test_auto_trains_on_gpus_where_there_are_any(folder, monkeypatch, device, gpus, chosen):
+    monkeypatch.setattr("pipeline.runtime.cluster_resource", lambda name: gpus)
+    assert choose_device(flags(folder, "any", device=device, workers=4)) == chosen
+
+
+@pytest.mark.parametrize(
+    ("device", "gpus", "message"),
+    [
+        ("auto", 2.0, "the cluster has 2 GPUs for 4 workers: --workers 2, or --device cpu"),
+        ("cuda", 1.0, "the cluster has 1 GPU for 4 workers: --workers 1, or --device cpu"),
+        ("cuda", 0.0, "the cluster has 0 GPUs for 4 workers: --device cpu"),
+    ],
+)
+def test_fewer_gpus_than_workers_are_refused(folder, monkeypatch, device, gpus, message):
+    monkeypatch.setattr("pipeline.runtime.cluster_resource", lambda name: gpus)
+    with pytest.raises(ConfigError, match=f"^{message}$"):
+        choose_device(flags(folder, "few", device=device, workers=4))
+
+
 def test_data_tasks_leave_the_cores_to_workers():
     @ray.remote(num_cpus=0, runtime_env={"env_vars": {"FRESH": "data"}})  # no process of another task
     def niceness():
