@@ -15,6 +15,8 @@ from pipeline.errors import ConfigError, PipelineError
 Config = TypeVar("Config")
 
 REFUSED = 2  # exit code: bad flags, or a request that is refused
+# Of an image, for all jobs: 300 MB of RGB and more than the sensors of most cameras and telephones.
+MAX_PIXELS = 100_000_000
 
 
 def run_job(
@@ -88,7 +90,7 @@ class InferConfig:
     """Parquet shards: the column with the image bytes; found by name where empty."""
     id_column: str = ""
     """Parquet shards: a column with unique ids; else row numbers are used."""
-    max_pixels: int = 100_000_000
+    max_pixels: int = MAX_PIXELS
     """Images with more pixels are refused from their header, before they are decoded."""
     max_image_bytes: int = 256 * 1024 * 1024
     """Image files larger than this are refused."""

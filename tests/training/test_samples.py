@@ -1,15 +1,18 @@
 """Batches out of shards."""
 
 import dataclasses
+import io
+import json
 
 import numpy as np
 import pyarrow as pa
 import pytest
+from PIL import Image
 
 from pipeline.errors import ImageError
 from pipeline.training.order import Pick
-from pipeline.training.samples import from_row, load_batch, make_sample, to_row
-from tests.makers import encode
+from pipeline.training.samples import from_row, load_batch, load_images, make_sample, to_row
+from tests.makers import encode, make_tar_shard
 from tests.training.makers import SIDE, make_picture, make_set, read_set, settings
 
 
@@ -64,6 +67,18 @@ def test_the_flag_says_which_ways_samples_are_mirrored(tmp_path, flip, ways):
         across, down = (SIDE - plain[:, [2, 0]], SIDE - plain[:, [3, 1]])
         seen.add((int(np.allclose(boxes[:, ::2], across)), int(np.allclose(boxes[:, 1::2], down))))
     assert seen == (ways or {(0, 0), (0, 1), (1, 0), (1, 1)})
+
+
+def test_images_as_large_as_infer_takes_are_learnt_and_validated(tmp_path):
+    width, height = 10_000, 6_000  # more than 50 million pixels, fewer than the default of --max-pixels
+    file = io.BytesIO()
+    Image.new("L", (width, height), 90).save(file, "JPEG")
+    annotations = {"a.jpg": {"width": width, "height": height, "boxes": [[0, 0, 999, 999]], "labels": [10]}}
+    make_tar_shard(tmp_path / "a.tar", {"a.jpg": file.getvalue()}, annotations=annotations)
+    (tmp_path / "classes.json").write_text(json.dumps({"classes": [{"id": 10, "name": "disc"}]}))
+    index, _ = read_set(tmp_path)
+    assert load_images(index, [0], height=SIDE, width=SIDE, rule="bilinear").failures == ()
+    assert load_batch(picked(0), index, settings()).failures == ()
 
 
 def test_a_damaged_image_is_named_and_another_stands_in(tmp_path):
