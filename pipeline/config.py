@@ -195,10 +195,11 @@ class TrainConfig:
     architecture: str = "ssdlite300_mobilenet_v2"
     """The network; a wrong name lists them all."""
     init: str = "auto"
-    """Weights to begin with: what jobs/infer.py --weights takes, a file of VGG16 layers (torchvision's names
-    or vgg16_reducedfc), or none for random ones. auto: the bundled weights, for the network that has them."""
+    """Weights to begin with: what jobs/infer.py --weights takes, a file of VGG16 layers (torchvision's with
+    its classifier, or vgg16_reducedfc), or none for random ones. auto: the bundled weights, for the network
+    that has them."""
     priors: Literal["coco", "voc"] = "coco"
-    """Default boxes, where --init doesn't bring them: coco has smaller ones than voc."""
+    """Default boxes, where --init doesn't bring them: coco has smaller ones than voc. SSDLite: coco alone."""
     epochs: int = 0
     """Times that every image is seen, unless --max-minutes ends the run before. 0: 48, or 12 with less than
     15 minutes, and more of a set so small that it would be under 300 steps."""

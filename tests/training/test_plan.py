@@ -60,24 +60,40 @@ def test_the_map_of_labels_goes_into_the_checkpoint(sets, tmp_path):
     assert "coco_ssdlite300_mobilenet_v2" in spec.provenance
 
 
-def test_vgg16_layers_fill_the_trunk(sets, tmp_path):
-    classes = read_classes(str(sets / "train"))
+def vgg16_layers():
+    """Random convolutions of VGG16 under torchvision's names, without a classifier."""
     donor: Any = build_model("ssd300_vgg16", num_classes=2).backbone.layers
     numbers = (0, 2, 5, 7, 10, 12, 14, 17, 19, 21, 24, 26, 28)
     convs = [m for m in donor.children() if isinstance(m, torch.nn.Conv2d)][:13]
-    state = {
+    return {
         f"features.{n}.{part}": getattr(conv, part).detach().clone()
         for n, conv in zip(numbers, convs, strict=True)
         for part in ("weight", "bias")
     }
+
+
+def test_vgg16_layers_fill_the_trunk(sets, tmp_path):
+    classes = read_classes(str(sets / "train"))
+    state = vgg16_layers() | {"classifier.0.weight": torch.full((1, 1), torch.nan)}
     path = tmp_path / "vgg16.safetensors"
     safetensors.torch.save_file(state, path)
     wanted = config(sets, architecture="ssd300_vgg16", init=str(path), priors="voc")
     model: Any = initial_model(wanted, classes)
-    torch.testing.assert_close(model.backbone.layers.conv5_3.weight, convs[-1].weight)
+    torch.testing.assert_close(model.backbone.layers.conv5_3.weight, state["features.28.weight"])
+    torch.testing.assert_close(model.backbone.layers.conv1_1.weight, state["features.0.weight"])
     assert model.spec.class_names == ("disc", "square")
     assert model.spec.priors.name == build_model("ssd300_vgg16", num_classes=2, priors="voc").spec.priors.name
     assert num_frozen(wanted) == 0
+
+
+@pytest.mark.parametrize("prefix", ["features.", ""])
+def test_vgg16_layers_that_do_not_tell_how_images_are_scaled_are_refused(sets, tmp_path, prefix):
+    path = tmp_path / "vgg16.safetensors"
+    state = {name.replace("features.", prefix): value for name, value in vgg16_layers().items()}
+    safetensors.torch.save_file(state, path)
+    wanted = config(sets, architecture="ssd300_vgg16", init=str(path))
+    with pytest.raises(ConfigError, match=r"--init .*: VGG16 layers without a classifier don't tell"):
+        initial_model(wanted, read_classes(str(sets / "train")))
 
 
 def test_real_vgg16_layers_fill_the_trunk(sets, shared_data):
@@ -98,6 +114,11 @@ def test_real_vgg16_layers_fill_the_trunk(sets, shared_data):
             "is a ssdlite300_mobilenet_v2, not a ssd300_vgg16",
         ),
         ({"freeze": 20}, "has 19 stages"),
+        ({"priors": "voc"}, "--priors voc: ssdlite300_mobilenet_v2 has only coco"),
+        (
+            {"priors": "voc", "architecture": "ssdlite320_mobilenet_v3_large", "init": "none"},
+            "--priors voc: ssdlite320_mobilenet_v3_large has only coco",
+        ),
     ],
 )
 def test_weights_that_do_not_fit_are_refused(sets, flags, message):
