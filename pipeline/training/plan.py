@@ -288,6 +288,7 @@ class Plan:
             "augmentation": self.samples.augmentation,
             "frozen stages": num_frozen(self.config),
             "resize rule": self.spec.resize_rule,
+            "score function": self.spec.score_function,
         }
 
     def text(self) -> str:
