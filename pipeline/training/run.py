@@ -31,6 +31,7 @@ from pipeline.runlog import duration, logger
 from pipeline.training.board import failure_on, showing
 from pipeline.training.feed import BLOCK_BYTES, DATA_CPUS, Pace, batches, data_config
 from pipeline.training.index import (
+    check_apart,
     index_shards,
     load_index,
     save_index,
@@ -139,6 +140,7 @@ def prepare(config: TrainConfig) -> Prepared:
         "train": training_shards(config.train, flag="--train"),
         "val": training_shards(config.val, flag="--val"),
     }
+    check_apart(shards["train"], shards["val"])
     model = initial_model(config, classes)
     runtime.start_ray()
     device = choose_device(config)
