@@ -209,7 +209,8 @@ class TrainConfig:
     batch_size: int = 8
     """Images in a step, of all workers together."""
     accumulate: int = 1
-    """Forward and backward passes per step: more of them need less memory; the result is the same."""
+    """Forward and backward passes per step: more of them need less memory. The result is the same, but for
+    networks with batch norm (ssdlite320_mobilenet_v3_large, ssd300_resnet50): it sees a pass at a time."""
     workers: int = 1
     """Training processes; each takes its share of the batch."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
