@@ -180,9 +180,9 @@ def read_index(shards: list[Shard], classes: Classes) -> pa.Table:
     return pa.concat_tables(tables).unify_dictionaries()
 
 
-def read_validation_images(table: pa.Table, plan: Plan) -> list[Any]:
-    """References to the decoded validation images; decoded once, on any node."""
-    remote: Any = ray.remote(num_cpus=DATA_CPUS, max_retries=MAX_FAILURES)
+def read_validation_images(table: pa.Table, plan: Plan) -> list[tuple[Any, Any]]:
+    """References to what `load_images` gives for parts of the validation set; decoded once, on any node."""
+    remote: Any = ray.remote(num_cpus=DATA_CPUS, max_retries=MAX_FAILURES, num_returns=2)
     task = remote(load_images)
     shared, spec = ray.put(table), plan.spec
     size = max(1, min(IMAGES_PER_TASK, -(-len(table) // plan.config.workers)))
@@ -212,6 +212,7 @@ def fit(prepared: Prepared, *, started: float) -> Position:
         logger.info("going on after step %d of %d", before.step, plan.num_steps)
     rows = ray.put(usable_rows(prepared.tables["train"][0], config))
     val = prepared.tables["val"][0]
+    parts = read_validation_images(val, plan)
     pace: Any = Pace.remote()
     with showing() as board:
         job = Job(
@@ -230,7 +231,8 @@ def fit(prepared: Prepared, *, started: float) -> Position:
             num_frozen=num_frozen(config),
             classes=plan.classes,
             val_index=ray.put(val),
-            val_images=read_validation_images(val, plan),
+            val_images=[images for images, _ in parts],
+            val_failures=[failures for _, failures in parts],
             started=started,
             elapsed_before_s=before.elapsed_s,
             board=board,

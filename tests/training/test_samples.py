@@ -11,7 +11,7 @@ from PIL import Image
 
 from pipeline.errors import ImageError
 from pipeline.training.order import Pick
-from pipeline.training.samples import from_row, load_batch, load_images, make_sample, to_row
+from pipeline.training.samples import failures_text, from_row, load_batch, load_images, make_sample, to_row
 from tests.makers import encode, make_tar_shard
 from tests.training.makers import SIDE, make_picture, make_set, read_set, settings
 
@@ -77,7 +77,7 @@ def test_images_as_large_as_infer_takes_are_learnt_and_validated(tmp_path):
     make_tar_shard(tmp_path / "a.tar", {"a.jpg": file.getvalue()}, annotations=annotations)
     (tmp_path / "classes.json").write_text(json.dumps({"classes": [{"id": 10, "name": "disc"}]}))
     index, _ = read_set(tmp_path)
-    assert load_images(index, [0], height=SIDE, width=SIDE, rule="bilinear").failures == ()
+    assert load_images(index, [0], height=SIDE, width=SIDE, rule="bilinear")[1] == ()
     assert load_batch(picked(0), index, settings()).failures == ()
 
 
@@ -142,3 +142,13 @@ def test_micro_batches_share_a_batch(tmp_path, parts, sizes):
     pieces = batch.split(parts)
     assert [len(piece.image_ids) for piece in pieces] == sizes
     assert [i for piece in pieces for i in piece.image_ids] == batch.image_ids
+
+
+def test_validation_images_that_cannot_be_decoded_are_counted_and_the_first_named(tmp_path):
+    index, _ = read_set(make_set(tmp_path, 3))
+    _, failures = load_images(damaged(index, 1), range(3), height=SIDE, width=SIDE, rule="bilinear")
+    text = failures_text(failures, 3)
+    assert text.startswith("1 of 3 images of --val can't be decoded, grey stands in for them: ")
+    assert text.endswith(failures[0])
+    assert failures[0].startswith(f"{index['image_id'][1].as_py()}: ")
+    assert failures_text(["a", "b", "c", "d"], 2000).endswith("a; b; c; ...")
