@@ -161,7 +161,7 @@ def ours(data: Tables, classes: Classes, seed: int, args: argparse.Namespace) ->
     seconds = time.perf_counter() - started
     spec, test = learner.model.spec, data["test"]
     size = {"height": spec.input_height, "width": spec.input_width, "rule": spec.resize_rule}
-    images = load_images(test, range(len(test)), **size)
+    images, _ = load_images(test, range(len(test)), **size)
     numbers = validate(learner.averaged, [images], ground_truth(test, classes), device=args.device)
     return numbers | speeds(num_steps * args.batch_size, ingest_s, seconds)
 

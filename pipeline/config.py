@@ -15,6 +15,8 @@ from pipeline.errors import ConfigError, PipelineError
 Config = TypeVar("Config")
 
 REFUSED = 2  # exit code: bad flags, a request that is refused, a run that can't go on
+# Of an image, for all jobs: 300 MB of RGB and more than the sensors of most cameras and telephones.
+MAX_PIXELS = 100_000_000
 
 
 def run_job(
@@ -22,7 +24,7 @@ def run_job(
 ) -> int:
     """Parse the command line into `config` and run `main` with it.
 
-    `resumes` says that the same command goes on where an earlier one stopped.
+    `resumes` says that the same command goes on where an earlier one stopped (without `--overwrite`).
 
     Returns:
         The exit code: what `main` returns, 2 where flags or input are refused or the run can't go on (one
@@ -31,6 +33,7 @@ def run_job(
     import tyro  # only jobs need it
 
     stopped_by = signal.SIGINT
+    given: Config | None = None
 
     def stop(number: int, _frame: object) -> None:
         nonlocal stopped_by
@@ -39,13 +42,20 @@ def run_job(
 
     signal.signal(signal.SIGTERM, stop)
     try:
-        return main(tyro.cli(config, description=description))
+        given = tyro.cli(config, description=description)
+        return main(given)
     except KeyboardInterrupt:
-        print("stopped; the same command goes on from here" if resumes else "stopped", file=sys.stderr)
+        print(f"stopped{_going_on(given)}" if resumes else "stopped", file=sys.stderr)
         return 128 + stopped_by
     except PipelineError as error:
         print(f"error: {error}", file=sys.stderr)
         return REFUSED
+
+
+def _going_on(config: object) -> str:
+    """How a stopped job goes on."""
+    but = " without --overwrite" if getattr(config, "overwrite", False) else ""
+    return f"; the same command{but} goes on from here"
 
 
 def flags(config: object) -> dict[str, object]:
@@ -81,7 +91,7 @@ class InferConfig:
     """Parquet shards: the column with the image bytes; found by name where empty."""
     id_column: str = ""
     """Parquet shards: a column with unique ids; else row numbers are used."""
-    max_pixels: int = 100_000_000
+    max_pixels: int = MAX_PIXELS
     """Images with more pixels are refused from their header, before they are decoded."""
     max_image_bytes: int = 256 * 1024 * 1024
     """Image files larger than this are refused."""
@@ -187,10 +197,11 @@ class TrainConfig:
     architecture: str = "ssdlite300_mobilenet_v2"
     """The network; a wrong name lists them all."""
     init: str = "auto"
-    """Weights to begin with: what jobs/infer.py --weights takes, a file of VGG16 layers (torchvision's names
-    or vgg16_reducedfc), or none for random ones. auto: the bundled weights, for the network that has them."""
+    """Weights to begin with: what jobs/infer.py --weights takes, a file of VGG16 layers (torchvision's with
+    its classifier, or vgg16_reducedfc), or none for random ones. auto: the bundled weights, for the network
+    that has them."""
     priors: Literal["coco", "voc"] = "coco"
-    """Default boxes, where --init doesn't bring them: coco has smaller ones than voc."""
+    """Default boxes, where --init doesn't bring them: coco has smaller ones than voc. SSDLite: coco alone."""
     epochs: int = 0
     """Times that every image is seen, unless --max-minutes ends the run before. 0: 48, or 12 with less than
     15 minutes, and more of a set so small that it would be under 300 steps."""
@@ -200,7 +211,8 @@ class TrainConfig:
     batch_size: int = 8
     """Images in a step, of all workers together."""
     accumulate: int = 1
-    """Forward and backward passes per step: more of them need less memory; the result is the same."""
+    """Forward and backward passes per step: more of them need less memory. The result is the same, but for
+    networks with batch norm (ssdlite320_mobilenet_v3_large, ssd300_resnet50): it sees a pass at a time."""
     workers: int = 1
     """Training processes; each takes its share of the batch."""
     device: Literal["auto", "cpu", "cuda"] = "auto"

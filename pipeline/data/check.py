@@ -3,6 +3,8 @@
 import math
 from dataclasses import dataclass
 
+import numpy as np
+
 from pipeline.data.annotations import Classes
 from pipeline.data.sources import SourceBox, SourceImage
 
@@ -73,9 +75,18 @@ def _problem(box: SourceBox, corners: Corners, classes: Classes) -> str:
         return "has no area"
     if corners[0] >= corners[2] or corners[1] >= corners[3]:
         return "lies outside the image"
+    if _is_empty(corners):
+        return "has no area in float32"
     if box.class_name not in classes.names:
         return f"is of the unknown class {box.class_name!r}"
     return ""
+
+
+def _is_empty(corners: Corners) -> bool:
+    """Whether readers of the shard, who keep float32, would see a box without area, or one without end."""
+    with np.errstate(over="ignore"):
+        x1, y1, x2, y2 = np.array(corners, np.float32)
+    return not (x1 < x2 < math.inf and y1 < y2 < math.inf)
 
 
 def _moved(box: SourceBox, corners: Corners) -> bool:

@@ -16,12 +16,11 @@ from typing import Literal
 import numpy as np
 from PIL import ExifTags, Image, UnidentifiedImageError
 
+from pipeline.config import MAX_PIXELS
 from pipeline.errors import ImageError
 
 ResizeRule = Literal["bilinear", "bilinear_antialias", "tf_legacy"]
 
-# 50 million pixels are 150 MB of RGB and more than the sensors of most cameras and telephones.
-MAX_PIXELS = 50_000_000
 # A real progressive JPEG has about 10. Each costs a pass over all pixels: a small file could ask for hours.
 MAX_SCANS = 200
 FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "DIB", "TIFF", "JPEG2000", "AVIF", "PPM")

@@ -121,21 +121,26 @@ def replace_classes(
 ) -> SSD:
     """A model for other classes that keeps all that it can of this one.
 
-    Only what turns features into class logits is drawn anew, and only where the number of classes differs;
-    boxes don't depend on classes. New logits are SSD's, whatever they were before: softmax, which begins with
-    all columns about as probable (measured against the sigmoids of the COCO weights: CONTRIBUTING).
+    Only what turns features into class logits is drawn anew, and only where the names of the classes or
+    their order differ; boxes don't depend on classes. New logits are SSD's, whatever they were before:
+    softmax, which begins with all columns about as probable (measured against the sigmoids of the COCO
+    weights: CONTRIBUTING).
     """
     spec = dataclasses.replace(model.spec, class_names=tuple(class_names), label_ids=tuple(label_ids))
-    if spec.num_classes != model.spec.num_classes:
-        spec = dataclasses.replace(spec, score_function="softmax")
-    new = SSD(spec).train(model.training)
-    for conv in _class_convolutions(new):
+    same = spec.class_names == model.spec.class_names
+    new = SSD(spec if same else dataclasses.replace(spec, score_function="softmax")).train(model.training)
+    drawn = {} if same else _draw_classes(new, generator)
+    new.load_state_dict(model.state_dict() | drawn)
+    return new
+
+
+def _draw_classes(model: SSD, generator: torch.Generator) -> dict[str, Tensor]:
+    """Class logits that know nothing yet, drawn in place; what they are in the state dict."""
+    for conv in _class_convolutions(model):
         nn.init.normal_(conv.weight, std=_NEW_CLASS_STD, generator=generator)
         _zero_bias(conv)
-    shapes = {name: tensor.shape for name, tensor in new.state_dict().items()}
-    kept = {name: tensor for name, tensor in model.state_dict().items() if tensor.shape == shapes[name]}
-    new.load_state_dict(kept, strict=False)
-    return new
+    drawn = {id(parameter) for conv in _class_convolutions(model) for parameter in conv.parameters()}
+    return {name: parameter.data for name, parameter in model.named_parameters() if id(parameter) in drawn}
 
 
 def _convolutions(*modules: nn.Module) -> Iterator[nn.Conv2d]:

@@ -17,11 +17,18 @@ class Board:
 
     def __init__(self) -> None:
         self._lines: list[str] = []
+        self._told: set[str] = set()
         self._failure: PipelineError | None = None
 
     def line(self, text: str) -> None:
         """One line to print."""
         self._lines.append(text)
+
+    def once(self, text: str) -> None:
+        """One line to print, unless another worker or an earlier step said the same."""
+        if text not in self._told:
+            self._told.add(text)
+            self._lines.append(text)
 
     def lines(self) -> list[str]:
         """The lines since the last call."""

@@ -56,6 +56,20 @@ def training_shards(uri: str, *, flag: str) -> list[Shard]:
     return shards
 
 
+def check_apart(train: Sequence[Shard], val: Sequence[Shard]) -> None:
+    """Refuse to measure on what is learnt.
+
+    Raises:
+        ConfigError: a shard is in both sets.
+    """
+    learnt = {storage.absolute(shard.uri) for shard in train}
+    if shared := [shard.uri for shard in val if storage.absolute(shard.uri) in learnt]:
+        raise ConfigError(
+            f"{shared[0]} is in --train and in --val: keep images apart that are never learnt from "
+            "(folders are searched at any depth)"
+        )
+
+
 def shards_digest(shards: Sequence[Shard], classes: Classes) -> str:
     """Changes when a shard or a class does."""
     state = [[shard.uri, shard.num_bytes, shard.etag] for shard in shards]

@@ -87,7 +87,8 @@ class Learner:
         """One optimizer step on this worker's share of a global batch.
 
         Gradients and losses are those of the whole global batch, however it is divided: sums over all its
-        default boxes, divided by all its matches.
+        default boxes, divided by all its matches. Only batch norms that are trained see each micro-batch
+        and, on CPUs, each worker's alone.
 
         Args:
             batch: this worker's share.

@@ -32,7 +32,7 @@ class Recipe:
         negatives_per_positive: mined default boxes (softmax models).
         negatives_without_positives: mined default boxes of an image without objects (softmax models).
         precision: of the forward pass; the loss and L2Norm are always float32.
-        micro_batches: forward and backward passes per step.
+        micro_batches: forward and backward passes per step; batch norms see one at a time.
     """
 
     optimizer: Literal["adamw", "sgd"] = "adamw"

@@ -13,11 +13,14 @@ CHECKPOINTS = "checkpoints"
 
 
 def check_output(config: TrainConfig) -> None:
-    """Refuse a folder with something else than a run of the same flags.
+    """Refuse a folder with something else than a run of the same flags, or, with `--overwrite`, than any run.
 
     Raises:
         ConfigError: foreign files, or another run; the difference is shown.
     """
+    if config.overwrite:
+        check_clearable(config.output)
+        return
     before = read_json(record(config, "config.json"))
     if before is None:
         if foreign := storage.list_names(config.output) - {"_run"}:
@@ -51,7 +54,7 @@ def check_decided(plan: Plan, config: TrainConfig) -> None:
     Raises:
         ConfigError: another version began it, or it had other images; the difference is shown.
     """
-    before = read_json(record(config, "config.json"))
+    before = None if config.overwrite else read_json(record(config, "config.json"))
     if before is None:
         return
     old = before.get("decided", {})
@@ -67,13 +70,18 @@ def check_decided(plan: Plan, config: TrainConfig) -> None:
         )
 
 
-def clear(output: str) -> None:
-    """Delete what a training run has left. Raises: ConfigError where the files aren't ours."""
+def check_clearable(output: str) -> None:
+    """Whether `--overwrite` may delete what is in the output. Raises: ConfigError where it isn't ours."""
     before = read_json(storage.join(output, "_run", "config.json"))
     if before is None and storage.list_names(output) - {"_run"}:
         raise ConfigError(f"--overwrite: {output} holds files that no run wrote; delete them by hand")
     if before is not None and "train" not in before.get("flags", {}):
         raise ConfigError(f"--overwrite: {output} holds another job's output; delete it by hand")
+
+
+def clear(output: str) -> None:
+    """Delete what a training run has left. Raises: ConfigError where the files aren't ours."""
+    check_clearable(output)
     for folder in (CHECKPOINTS, "tensorboard"):
         storage.delete_folder(storage.join(output, folder))
     run = storage.join(output, "_run")

@@ -39,6 +39,8 @@ LONG_MINUTES = 15
 MIN_STEPS = 300
 # torchvision's IMAGENET1K_V1 was trained on images divided by this; the original VGG16 on none.
 _TORCHVISION_STD = (58.395, 57.12, 57.375)
+# First values of the original's first kernels, for blue (Keras's file, conv1_1).
+_ORIGINAL_VGG16 = (0.42947057, 0.11727387, 0.03401296)
 _UNCHANGING = ("output", "overwrite", "dry_run", "log_s")
 
 
@@ -89,10 +91,13 @@ def initial_model(config: TrainConfig, classes: Classes) -> SSD:
     """The model before the first step: weights of `--init`, heads for the classes.
 
     Raises:
-        ConfigError: `--init` is of another architecture, or there is no default for this one.
+        ConfigError: `--init` is of another architecture, or there is no default for this one; it holds VGG16
+            layers that don't tell what their images were divided by; the network has no such `--priors`.
         CheckpointError: no such weights.
     """
-    find_architecture(config.architecture)
+    known = find_architecture(config.architecture).priors
+    if config.priors not in known:
+        raise ConfigError(f"--priors {config.priors}: {config.architecture} has only {', '.join(known)}")
     generator = torch.Generator().manual_seed(config.seed)
     init = config.init
     if init == "auto":
@@ -106,9 +111,7 @@ def initial_model(config: TrainConfig, classes: Classes) -> SSD:
         model = _new_model(config, classes, generator)
     elif (layers := _vgg16_layers(init)) is not None:
         model = _new_model(config, classes, generator)
-        photographs = "classifier.0.weight" in layers and not layers["classifier.0.weight"].isnan().any()
-        std = _TORCHVISION_STD if photographs else (1.0, 1.0, 1.0)
-        load_vgg16(model, layers, generator=generator, std=std)
+        load_vgg16(model, layers, generator=generator, std=_vgg16_std(layers, init))
     else:
         model = load_checkpoint(init)
         if model.spec.architecture != config.architecture:
@@ -139,8 +142,7 @@ def _adapts(config: TrainConfig) -> bool:
 
 
 def _new_model(config: TrainConfig, classes: Classes, generator: torch.Generator) -> SSD:
-    priors = config.priors if config.priors in find_architecture(config.architecture).priors else "coco"
-    model = build_model(config.architecture, num_classes=len(classes.names) + 1, priors=priors)
+    model = build_model(config.architecture, num_classes=len(classes.names) + 1, priors=config.priors)
     model.spec = replace(model.spec, class_names=classes.names, label_ids=classes.ids)
     initialise(model, generator=generator)
     return model
@@ -164,6 +166,32 @@ def _vgg16_layers(init: str) -> Mapping[str, Tensor] | None:
     if not isinstance(state, dict) or not {"features.28.weight", "28.weight"} & state.keys():
         return None
     return state
+
+
+def _vgg16_std(layers: Mapping[str, Tensor], init: str) -> tuple[float, float, float]:
+    """What the images were divided by on which VGG16 layers were trained: see `load_vgg16`.
+
+    Raises:
+        ConfigError: the layers don't tell.
+    """
+    classifier = layers.get("classifier.0.weight")
+    # fc6 as a convolution is that of vgg16_reducedfc, one of NaN that of torchvision's IMAGENET1K_FEATURES.
+    reduced = "31.weight" in layers or (classifier is not None and bool(classifier.isnan().any()))
+    if reduced or _is_original_vgg16(layers):
+        return (1.0, 1.0, 1.0)
+    if classifier is None:
+        raise ConfigError(
+            f"--init {init}: VGG16 layers without a classifier don't tell whether images were divided by "
+            "their spread; give torchvision's whole file, or vgg16_reducedfc"
+        )
+    return _TORCHVISION_STD
+
+
+def _is_original_vgg16(layers: Mapping[str, Tensor]) -> bool:
+    first = layers.get("features.0.weight", layers.get("0.weight"))
+    if first is None or first.shape != (64, 3, 3, 3):
+        return False
+    return torch.allclose(first[:3, 2, 0, 0].float(), torch.tensor(_ORIGINAL_VGG16), rtol=0.01)
 
 
 # ---- the run -----------------------------------------------------------------------------------------
@@ -224,6 +252,7 @@ class Plan:
     config: TrainConfig
     classes: Classes
     spec: ModelSpec
+    device: str
     num_parameters: int
     num_trained: int
     num_stages: int
@@ -259,6 +288,7 @@ class Plan:
             "augmentation": self.samples.augmentation,
             "frozen stages": num_frozen(self.config),
             "resize rule": self.spec.resize_rule,
+            "score function": self.spec.score_function,
         }
 
     def text(self) -> str:
@@ -266,7 +296,7 @@ class Plan:
         config, spec = self.config, self.spec
         budget = f", at most {config.max_minutes:g} minutes" if config.max_minutes else ""
         rates = ", ".join(
-            f"{p:.0%} {learning_rate(p, make_recipe(config, device='cpu')):.2g}" for p in _MARKS
+            f"{p:.0%} {learning_rate(p, make_recipe(config, device=self.device)):.2g}" for p in _MARKS
         )
         augmentation = self.samples.augmentation
         flips = f", flip {config.flip}" if augmentation != "none" else ""
@@ -283,7 +313,7 @@ class Plan:
                     for id_, name in zip(self.classes.ids, self.classes.names, strict=True)
                 ),
                 f"{self.num_steps:,} steps of {config.batch_size} images = {self.num_epochs:,} epochs"
-                f"{budget}; {config.workers} workers, {config.validations} validations",
+                f"{budget}; {config.workers} workers on {self.device}, {config.validations} validations",
                 f"{config.optimizer}, augmentation {augmentation}{flips}; learning rate by progress: {rates}",
             ]
         )
@@ -292,11 +322,13 @@ class Plan:
 _MARKS = (0.01, 0.03, 0.1, 0.25, 0.5, 0.75, 0.9, 1.0)
 
 
-def make_plan(config: TrainConfig, classes: Classes, model: SSD, *, train: pa.Table, val: pa.Table) -> Plan:
-    """Check the data against each other and put the plan together.
+def make_plan(
+    config: TrainConfig, classes: Classes, model: SSD, *, device: str, train: pa.Table, val: pa.Table
+) -> Plan:
+    """Put the plan together.
 
     Raises:
-        ConfigError: nothing to learn or to measure, or an image is in both sets.
+        ConfigError: nothing to measure.
     """
     if not len(val) or not sum(objects_by_class(val, classes).values()):
         raise ConfigError(f"--val {config.val}: none of its {len(val)} images has an object to measure")
@@ -306,6 +338,7 @@ def make_plan(config: TrainConfig, classes: Classes, model: SSD, *, train: pa.Ta
         config=config,
         classes=classes,
         spec=model.spec,
+        device=device,
         num_parameters=sum(p.numel() for p in parameters),
         num_trained=sum(p.numel() for p in parameters if p.requires_grad),
         num_stages=len(stages(model)),

@@ -31,6 +31,7 @@ from pipeline.runlog import duration, logger
 from pipeline.training.board import failure_on, showing
 from pipeline.training.feed import BLOCK_BYTES, DATA_CPUS, Pace, batches, data_config
 from pipeline.training.index import (
+    check_apart,
     index_shards,
     load_index,
     save_index,
@@ -90,16 +91,16 @@ def train(config: TrainConfig) -> Outcome:
     started = time.time()
     # Ray Train's workers have working directories of their own.
     config = replace(config, output=storage.absolute(config.output))
-    if config.overwrite:
-        with Lock(config.output):
-            clear(config.output)
     check_output(config)
-    if (finished := read_json(record(config, "result.json"))) is not None:
+    finished = None if config.overwrite else read_json(record(config, "result.json"))
+    if finished is not None:
         return Outcome(config, Position(**finished), was_done=True)
     prepared = prepare(config)
     check_decided(prepared.plan, config)
     logger.info("%s", prepared.plan.text())
     with Lock(config.output):
+        if config.overwrite:
+            clear(config.output)  # not before: what is refused deletes nothing
         classes = dict(enumerate(prepared.plan.classes.names, start=1))
         facts = {"flags": flags(config), "decided": prepared.plan.decided(), "classes": classes}
         storage.write_atomic(record(config, "config.json"), json.dumps(facts, indent=2).encode())
@@ -127,7 +128,6 @@ class Prepared:
 
     plan: Plan
     model: SSD
-    device: str
     tables: dict[str, tuple[pa.Table, str]]
     """Index and digest of "train" and "val"."""
 
@@ -140,27 +140,27 @@ def prepare(config: TrainConfig) -> Prepared:
         "train": training_shards(config.train, flag="--train"),
         "val": training_shards(config.val, flag="--val"),
     }
+    check_apart(shards["train"], shards["val"])
     model = initial_model(config, classes)
     runtime.start_ray()
     device = choose_device(config)
     tables = {}
     for name, some in shards.items():
         digest = shards_digest(some, classes)
-        kept = load_index(record(config, f"index-{name}.parquet"), digest)
+        kept = None if config.overwrite else load_index(record(config, f"index-{name}.parquet"), digest)
         tables[name] = (read_index(some, classes) if kept is None else kept, digest)
     train_rows = usable_rows(tables["train"][0], config)
-    plan = make_plan(config, classes, model, train=train_rows, val=tables["val"][0])
-    return Prepared(plan, model, device, tables)
+    plan = make_plan(config, classes, model, device=device, train=train_rows, val=tables["val"][0])
+    return Prepared(plan, model, tables)
 
 
 def choose_device(config: TrainConfig) -> str:
     """Where workers train. Raises: ConfigError: too few GPUs in the cluster, or bfloat16 without any."""
     gpus = int(runtime.cluster_resource("GPU"))
-    device = ("cuda" if gpus >= config.workers else "cpu") if config.device == "auto" else config.device
+    device = ("cuda" if gpus else "cpu") if config.device == "auto" else config.device
     if device == "cuda" and gpus < config.workers:
-        raise ConfigError(
-            f"--device cuda: {config.workers} workers need as many GPUs; the cluster has {gpus}"
-        )
+        found = f"the cluster has {gpus} GPU{'s' * (gpus != 1)} for {config.workers} workers"
+        raise ConfigError(f"{found}: {f'--workers {gpus}, or ' if gpus else ''}--device cpu")
     if device == "cpu" and config.precision == "bfloat16":
         # Of two equal steps one had gradients that were finite but absurd, the other sound ones (torch 2.15).
         raise ConfigError("--precision bfloat16 needs GPUs: on CPUs its gradients are not reliable")
@@ -180,9 +180,9 @@ def read_index(shards: list[Shard], classes: Classes) -> pa.Table:
     return pa.concat_tables(tables).unify_dictionaries()
 
 
-def read_validation_images(table: pa.Table, plan: Plan) -> list[Any]:
-    """References to the decoded validation images; decoded once, on any node."""
-    remote: Any = ray.remote(num_cpus=DATA_CPUS, max_retries=MAX_FAILURES)
+def read_validation_images(table: pa.Table, plan: Plan) -> list[tuple[Any, Any]]:
+    """References to what `load_images` gives for parts of the validation set; decoded once, on any node."""
+    remote: Any = ray.remote(num_cpus=DATA_CPUS, max_retries=MAX_FAILURES, num_returns=2)
     task = remote(load_images)
     shared, spec = ray.put(table), plan.spec
     size = max(1, min(IMAGES_PER_TASK, -(-len(table) // plan.config.workers)))
@@ -213,11 +213,12 @@ def fit(prepared: Prepared, *, started: float) -> Position:
     logger.info("starting %d workers on %s ...", config.workers, prepared.device)
     rows = ray.put(usable_rows(prepared.tables["train"][0], config))
     val = prepared.tables["val"][0]
+    parts = read_validation_images(val, plan)
     pace: Any = Pace.remote()
     with showing() as board:
         job = Job(
             config=config,
-            device=prepared.device,
+            device=plan.device,
             schedule=Schedule(
                 num_steps=plan.num_steps,
                 steps_per_epoch=plan.num_images / config.batch_size,
@@ -231,7 +232,8 @@ def fit(prepared: Prepared, *, started: float) -> Position:
             num_frozen=num_frozen(config),
             classes=plan.classes,
             val_index=ray.put(val),
-            val_images=read_validation_images(val, plan),
+            val_images=[images for images, _ in parts],
+            val_failures=[failures for _, failures in parts],
             started=started,
             elapsed_before_s=before.elapsed_s,
             board=board,

@@ -135,19 +135,21 @@ class ValidationImages:
         numbers: int64 [N], row in the index.
         images_NHW3: uint8 RGB of the input size.
         sizes_N2: int32, width and height of the originals.
-        failures: images that can't be decoded, with the reason; the detector sees grey in their place.
     """
 
     numbers: np.ndarray
     images_NHW3: np.ndarray  # noqa: N815
     sizes_N2: np.ndarray  # noqa: N815
-    failures: tuple[str, ...]
 
 
 def load_images(
     index: pa.Table, numbers: Sequence[int], *, height: int, width: int, rule: ResizeRule
-) -> ValidationImages:
-    """Decode and resize some rows of the index as inference does."""
+) -> tuple[ValidationImages, tuple[str, ...]]:
+    """Decode and resize some rows of the index as inference does.
+
+    Returns:
+        The images, and those that can't be decoded, with the reason; the detector sees grey in their place.
+    """
     rows = index.take(list(numbers)).to_pylist()
     images = np.full((len(rows), height, width, 3), 128, np.uint8)
     sizes = np.array([[row["width"], row["height"]] for row in rows], np.int32).reshape(-1, 2)
@@ -159,7 +161,16 @@ def load_images(
             sizes[i] = decoded.width, decoded.height
         except ImageError as error:
             failures.append(f"{row['image_id']}: {error}")
-    return ValidationImages(np.array(numbers, np.int64), images, sizes, tuple(failures))
+    return ValidationImages(np.array(numbers, np.int64), images, sizes), tuple(failures)
+
+
+def failures_text(failures: Sequence[str], num_images: int) -> str:
+    """How many of the validation images can't be decoded, and the first of them."""
+    more = "; ..." if len(failures) > 3 else ""
+    return (
+        f"{len(failures):,} of {num_images:,} images of --val can't be decoded, grey stands in for them: "
+        f"{'; '.join(failures[:3])}{more}"
+    )
 
 
 def fetch(rows: Sequence[dict]) -> list[bytes]:

@@ -75,13 +75,15 @@ class Outlets:
     Attributes:
         validate: numbers of a model, "AP" among them; every worker calls it.
         save: keep a checkpoint; every worker calls it, with whether this is the best model so far.
-        log: one readable line.
+        log: one readable line; of the first worker.
+        warn: one line about an image that can't be used; of every worker.
         chart: numbers by name at a step, for TensorBoard.
     """
 
     validate: Callable[[SSD], dict[str, float]]
     save: Callable[[Learner, Position, bool], None]
     log: Callable[[str], None]
+    warn: Callable[[str], None]
     chart: Callable[[dict[str, float], int], None]
 
 
@@ -208,7 +210,7 @@ def _note_failures(batch: Batch, position: Position, outlets: Outlets) -> None:
     for failure in batch.failures:
         if failure not in position.failures:
             position.failures.append(failure)
-            outlets.log(f"an image can't be used, another one stands in for it: {failure}")
+            outlets.warn(f"an image can't be used, another one stands in for it: {failure}")
 
 
 class Interval:

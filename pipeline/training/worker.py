@@ -20,13 +20,16 @@ from pipeline import storage
 from pipeline.config import TrainConfig
 from pipeline.data.annotations import Classes
 from pipeline.errors import own_error
+from pipeline.evaluation.boxsets import GroundTruth
 from pipeline.model.checkpoint import load_checkpoint, save_checkpoint
+from pipeline.model.ssd import SSD
 from pipeline.training.board import failure_on
 from pipeline.training.feed import own_batches
 from pipeline.training.loop import Learner
 from pipeline.training.optimise import freeze
 from pipeline.training.output import MODEL
 from pipeline.training.plan import make_recipe
+from pipeline.training.samples import failures_text
 from pipeline.training.session import Outlets, Position, Schedule, run_steps
 from pipeline.training.validation import ground_truth, validate
 
@@ -43,6 +46,7 @@ class Job:
     classes: Classes
     val_index: Any
     val_images: list[Any]
+    val_failures: list[Any]
     started: float
     elapsed_before_s: float
     board: Any
@@ -79,13 +83,11 @@ def _work(job: Job) -> None:
     position = _resume(learner)
     writer = Charts(job.config.output) if rank == 0 else None
     truth = ground_truth(ray.get(job.val_index), job.classes)
-    mine = job.val_images[rank :: job.config.workers]
     outlets = Outlets(
-        validate=lambda model: validate(
-            model, (ray.get(ref) for ref in mine), truth, device=str(learner.device)
-        ),
+        validate=partial(_measure, job=job, rank=rank, truth=truth, device=str(learner.device)),
         save=partial(_save, output=job.config.output, writer=writer),
         log=lambda text: job.board.line.remote(text) if rank == 0 else None,
+        warn=job.board.once.remote,
         chart=writer.add if writer else lambda numbers, step: None,
     )
     own = own_batches(
@@ -104,6 +106,14 @@ def _work(job: Job) -> None:
         outlets=outlets,
         clock=lambda: job.elapsed_before_s + time.time() - job.started,
     )
+
+
+def _measure(model: SSD, *, job: Job, rank: int, truth: GroundTruth, device: str) -> dict[str, float]:
+    """Validate on this worker's images; the first worker says which of all can't be decoded."""
+    if rank == 0 and (failures := [text for part in ray.get(job.val_failures) for text in part]):
+        job.board.once.remote(failures_text(failures, job.schedule.num_val_images))
+    mine = job.val_images[rank :: job.config.workers]
+    return validate(model, (ray.get(ref) for ref in mine), truth, device=device)
 
 
 def num_cores() -> int:

@@ -35,6 +35,7 @@ def test_good_boxes_are_kept_in_order():
         (box((64, 4, 80, 9)), "lies outside the image"),
         (box((-9, 4, 0, 9)), "lies outside the image"),
         (box((3, 4, 5, 6), "cow"), "is of the unknown class 'cow'"),
+        (box((40, 4, 40.000001, 6)), "has no area in float32"),
         (box(None, empty=True), "is not four numbers"),
     ],
 )

@@ -6,7 +6,10 @@ import sys
 from pathlib import Path
 
 import pytest
+from torch import nn
 
+from pipeline.model.architectures import architectures
+from pipeline.model.ssd import build_model
 from tests.makers import make_tar_shard
 from tests.training.makers import make_set
 
@@ -63,6 +66,12 @@ def test_shards_without_classes_are_refused(sets, tmp_path, refused):
     assert "make annotated shards" in refused(*sets, "--train", f"{tmp_path}/plain")
 
 
+def test_shards_that_are_learnt_and_validated_are_refused(sets, tmp_path, refused):
+    make_set(tmp_path / "train" / "val", 1, seed=1)
+    line = refused(*sets, "--val", f"{tmp_path}/train/val")
+    assert f"{tmp_path}/train/val/shard-00000.tar is in --train and in --val" in line
+
+
 def test_a_batch_that_workers_cannot_share_is_refused(sets, monkeypatch, capsys):
     monkeypatch.setattr(sys, "argv", [str(JOB), *sets, "--workers", "3"])
     with pytest.raises(SystemExit) as ended:
@@ -70,6 +79,19 @@ def test_a_batch_that_workers_cannot_share_is_refused(sets, monkeypatch, capsys)
     assert ended.value.code == 2
     words = " ".join(capsys.readouterr().err.replace("│", " ").split())
     assert "--batch-size 8 can't be divided among --workers 3" in words
+
+
+def test_the_help_of_accumulate_names_the_networks_whose_batch_norm_it_changes(monkeypatch, capsys):
+    found = [
+        name
+        for name in architectures()
+        if any(isinstance(part, nn.BatchNorm2d) for part in build_model(name, num_classes=2).modules())
+    ]
+    monkeypatch.setattr(sys, "argv", [str(JOB), "--help"])
+    with pytest.raises(SystemExit):
+        runpy.run_path(str(JOB), run_name="__main__")
+    words = " ".join(capsys.readouterr().out.replace("│", " ").split())
+    assert f"but for networks with batch norm ({', '.join(sorted(found, reverse=True))})" in words
 
 
 def test_help_explains_the_flags(monkeypatch, capsys):

@@ -1,3 +1,4 @@
+import dataclasses
 import math
 
 import pytest
@@ -202,9 +203,10 @@ def test_what_is_missing_or_misfits_is_named(ssd300):
     assert isinstance(ssd300.backbone, VGG16)
 
 
+@pytest.mark.parametrize("num_classes", [91, 4, 3])
 @pytest.mark.parametrize("architecture", ["ssdlite300_mobilenet_v2", "ssdlite320_mobilenet_v3_large"])
-def test_another_number_of_classes_draws_only_the_class_layer_anew(architecture):
-    model = build_model(architecture, num_classes=91).eval()
+def test_other_classes_draw_only_the_class_layer_anew_however_many_they_are(architecture, num_classes):
+    model = build_model(architecture, num_classes=num_classes).eval()
     initialise(model, generator=make_generator())
     new = replace_classes(model, class_names=("RBC", "WBC"), label_ids=(1, 7), generator=make_generator(1))
 
@@ -213,14 +215,29 @@ def test_another_number_of_classes_draws_only_the_class_layer_anew(architecture)
     assert conv_of(new, "heads.0.logits.project").out_channels == 3 * len(new.spec.priors.maps[0].sizes_wh)
     old_state = model.state_dict()
     changed = {name for name, tensor in new.state_dict().items() if not torch.equal(tensor, old_state[name])}
-    assert changed == {f"heads.{i}.logits.project.{part}" for i in range(6) for part in ("weight", "bias")}
+    biases = {f"heads.{i}.logits.project.bias" for i in range(6)}
+    assert all(not new.state_dict()[name].any() for name in biases)
+    assert changed | biases == {
+        f"heads.{i}.logits.project.{part}" for i in range(6) for part in ("weight", "bias")
+    }
 
 
-def test_as_many_classes_keep_all_weights():
+def test_the_same_classes_keep_all_weights():
     model = build_model("ssdlite300_mobilenet_v2", num_classes=3)
+    initialise(model, generator=make_generator())
+    model.spec = dataclasses.replace(model.spec, class_names=("cat", "dog"))
     new = replace_classes(model, class_names=("cat", "dog"), label_ids=(17, 18), generator=make_generator())
 
-    assert new.spec.class_names == ("cat", "dog")
+    assert (new.spec.class_names, new.spec.label_ids) == (("cat", "dog"), (17, 18))
     assert new.spec.score_function == model.spec.score_function == "sigmoid"
     for name, tensor in model.state_dict().items():
         assert torch.equal(tensor, new.state_dict()[name]), name
+
+
+def test_the_same_classes_in_another_order_are_other_classes():
+    model = build_model("ssd300_vgg16", num_classes=3)
+    model.spec = dataclasses.replace(model.spec, class_names=("cat", "dog"))
+    new = replace_classes(model, class_names=("dog", "cat"), label_ids=(1, 2), generator=make_generator())
+
+    assert 0 < conv_of(new, "heads.0.logits").weight.abs().max() < 0.1
+    assert not torch.equal(conv_of(new, "heads.0.logits").weight, conv_of(model, "heads.0.logits").weight)

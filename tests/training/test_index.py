@@ -8,6 +8,7 @@ from pipeline import storage
 from pipeline.errors import ConfigError, ShardError
 from pipeline.training.index import (
     annotation,
+    check_apart,
     index_shards,
     load_index,
     save_index,
@@ -57,6 +58,16 @@ def test_only_plain_tars_are_taken(tmp_path):
         training_shards(str(tmp_path), flag="--train")
     with pytest.raises(ConfigError, match=r"--val .*nothing there"):
         training_shards(str(tmp_path / "absent"), flag="--val")
+
+
+def test_a_shard_that_is_in_both_sets_is_named_however_its_path_is_written(tmp_path, monkeypatch):
+    make_set(tmp_path / "data", 1)
+    val = training_shards(str(make_set(tmp_path / "data" / "val", 1, seed=1)), flag="--val")
+    monkeypatch.chdir(tmp_path)
+    train = training_shards("data", flag="--train")
+    with pytest.raises(ConfigError, match=r"data/val/shard-00000.tar is in --train and in --val"):
+        check_apart(train, val)
+    check_apart(train[:1], val)
 
 
 def test_an_image_without_annotation_is_named(tmp_path):

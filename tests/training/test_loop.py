@@ -86,7 +86,7 @@ def test_eight_images_are_learnt_by_heart(tmp_path):
     num_steps = 60
     for step in range(num_steps):
         learner.step(global_batch(index, step, batch_size=8), progress=(step + 1) / num_steps)
-    images = load_images(index, range(8), height=SIDE, width=SIDE, rule="tf_legacy")
+    images, _ = load_images(index, range(8), height=SIDE, width=SIDE, rule="tf_legacy")
     numbers = validate(learner.averaged, [images], ground_truth(index, classes))
     assert numbers["AP"] >= 0.95
 

@@ -60,24 +60,40 @@ def test_the_map_of_labels_goes_into_the_checkpoint(sets, tmp_path):
     assert "coco_ssdlite300_mobilenet_v2" in spec.provenance
 
 
-def test_vgg16_layers_fill_the_trunk(sets, tmp_path):
-    classes = read_classes(str(sets / "train"))
+def vgg16_layers():
+    """Random convolutions of VGG16 under torchvision's names, without a classifier."""
     donor: Any = build_model("ssd300_vgg16", num_classes=2).backbone.layers
     numbers = (0, 2, 5, 7, 10, 12, 14, 17, 19, 21, 24, 26, 28)
     convs = [m for m in donor.children() if isinstance(m, torch.nn.Conv2d)][:13]
-    state = {
+    return {
         f"features.{n}.{part}": getattr(conv, part).detach().clone()
         for n, conv in zip(numbers, convs, strict=True)
         for part in ("weight", "bias")
     }
+
+
+def test_vgg16_layers_fill_the_trunk(sets, tmp_path):
+    classes = read_classes(str(sets / "train"))
+    state = vgg16_layers() | {"classifier.0.weight": torch.full((1, 1), torch.nan)}
     path = tmp_path / "vgg16.safetensors"
     safetensors.torch.save_file(state, path)
     wanted = config(sets, architecture="ssd300_vgg16", init=str(path), priors="voc")
     model: Any = initial_model(wanted, classes)
-    torch.testing.assert_close(model.backbone.layers.conv5_3.weight, convs[-1].weight)
+    torch.testing.assert_close(model.backbone.layers.conv5_3.weight, state["features.28.weight"])
+    torch.testing.assert_close(model.backbone.layers.conv1_1.weight, state["features.0.weight"])
     assert model.spec.class_names == ("disc", "square")
     assert model.spec.priors.name == build_model("ssd300_vgg16", num_classes=2, priors="voc").spec.priors.name
     assert num_frozen(wanted) == 0
+
+
+@pytest.mark.parametrize("prefix", ["features.", ""])
+def test_vgg16_layers_that_do_not_tell_how_images_are_scaled_are_refused(sets, tmp_path, prefix):
+    path = tmp_path / "vgg16.safetensors"
+    state = {name.replace("features.", prefix): value for name, value in vgg16_layers().items()}
+    safetensors.torch.save_file(state, path)
+    wanted = config(sets, architecture="ssd300_vgg16", init=str(path))
+    with pytest.raises(ConfigError, match=r"--init .*: VGG16 layers without a classifier don't tell"):
+        initial_model(wanted, read_classes(str(sets / "train")))
 
 
 def test_real_vgg16_layers_fill_the_trunk(sets, shared_data):
@@ -98,6 +114,11 @@ def test_real_vgg16_layers_fill_the_trunk(sets, shared_data):
             "is a ssdlite300_mobilenet_v2, not a ssd300_vgg16",
         ),
         ({"freeze": 20}, "has 19 stages"),
+        ({"priors": "voc"}, "--priors voc: ssdlite300_mobilenet_v2 has only coco"),
+        (
+            {"priors": "voc", "architecture": "ssdlite320_mobilenet_v3_large", "init": "none"},
+            "--priors voc: ssdlite320_mobilenet_v3_large has only coco",
+        ),
     ],
 )
 def test_weights_that_do_not_fit_are_refused(sets, flags, message):
@@ -139,19 +160,20 @@ def test_sets_without_any_object_are_refused(tmp_path):
     model: Any = initial_model(config(tmp_path), classes)
     empty, _ = read_set(tmp_path / "val")
     with pytest.raises(ConfigError, match=r"--val .*has an object to measure"):
-        make_plan(config(tmp_path), classes, model, train=full, val=empty)
+        make_plan(config(tmp_path), classes, model, device="cpu", train=full, val=empty)
 
 
 def test_the_plan_tells_images_boxes_steps_and_rates(sets):
     wanted = config(sets, epochs=10, batch_size=4, max_minutes=5)
     train, classes = read_set(sets / "train")
     val, _ = read_set(sets / "val")
-    plan = make_plan(wanted, classes, initial_model(wanted, classes), train=train, val=val)
+    plan = make_plan(wanted, classes, initial_model(wanted, classes), device="cpu", train=train, val=val)
     text = plan.text()
     counts = np.bincount([label for row in train["labels"].to_pylist() for label in row], minlength=3)[1:]
     assert plan.objects == dict(zip(("disc", "square"), counts.tolist(), strict=True))
     for part in ("6 images to learn from (2 without", "15 steps of 4 images = 10 epochs, at most 5 minutes"):
         assert part in text
+    assert "1 workers on cpu, 10 validations" in text
     assert "10% 0.0005" in text
     assert "adamw, augmentation light, flip horizontal;" in text
     assert "5 of 19 backbone stages frozen" in text
@@ -177,7 +199,7 @@ def test_short_runs_have_fewer_epochs_and_crop_if_these_are_more_than_18(
 ):
     wanted = config(sets, epochs=given, max_minutes=minutes, batch_size=8)
     train, classes = read_set(sets / "train")
-    plan = make_plan(wanted, classes, initial_model(wanted, classes), train=train, val=train)
+    plan = make_plan(wanted, classes, initial_model(wanted, classes), device="cpu", train=train, val=train)
     plan = dataclasses.replace(plan, num_images=num_images)
     assert (plan.num_epochs, plan.num_steps) == (epochs, -(-epochs * num_images // 8))
     assert plan.samples.augmentation == augmentation

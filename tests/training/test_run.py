@@ -12,6 +12,7 @@ import threading
 import time
 from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -27,6 +28,7 @@ from pipeline.errors import ConfigError, PipelineError
 from pipeline.evaluation.report import measure_run
 from pipeline.inference.run import infer
 from pipeline.model.checkpoint import read_spec
+from pipeline.training import board
 from pipeline.training.feed import make_rows
 from pipeline.training.index import index_shards, training_shards
 from pipeline.training.loop import Learner
@@ -42,7 +44,7 @@ from pipeline.training.plan import (
 from pipeline.training.run import choose_device, dry_run, last_position, train
 from pipeline.training.samples import load_batch
 from tests import servers
-from tests.training.makers import make_set, save_small_model
+from tests.training.makers import make_set, read_set, save_small_model
 
 pytestmark = [pytest.mark.ray, pytest.mark.usefixtures("ray_cluster"), pytest.mark.timeout(600)]
 ROOT = Path(__file__).resolve().parents[2]
@@ -266,10 +268,66 @@ def test_a_loss_that_is_not_finite_ends_the_run_in_one_line(folder):
         train(flags(folder, "nan", init=str(folder / "broken.safetensors")))
 
 
+def damage(folder, number):
+    """Overwrite the beginning of an image in its tar; its id."""
+    row = read_set(folder)[0].slice(number, 1).to_pylist()[0]
+    with Path(row["uri"]).open("r+b") as file:
+        file.seek(row["offset"])
+        file.write(b"no image")
+    return row["image_id"]
+
+
+def seen(rank, steps):
+    """Samples that a worker of two sees in some steps of 4 images out of 20."""
+    sizes = {"num_workers": 2, "batch_size": 4, "num_samples": 20, "seed": 0}
+    return {pick.sample for step in steps for pick in picks(step, rank=rank, **sizes)}
+
+
+def test_images_of_any_worker_that_cannot_be_decoded_are_named_once(tmp_path, monkeypatch):
+    lines = []
+    monkeypatch.setattr(board, "logger", SimpleNamespace(info=lambda form, text: lines.append(text)))
+    make_set(tmp_path / "train", 20)
+    make_set(tmp_path / "val", 7, seed=1)
+    save_small_model(tmp_path / "small.safetensors")
+    first, second = range(5), range(5, 10)  # epochs
+    numbers = min(seen(1, first) & seen(0, second)), min(seen(1, first) & seen(1, second))
+    learnt = {damage(tmp_path / "train", number) for number in numbers}
+    validated = damage(tmp_path / "val", 3)
+    train(flags(tmp_path, "out", workers=2, epochs=2))
+    named = [line.split(": ")[1] for line in lines if "another one stands in" in line]
+    assert (len(named), set(named)) == (2, learnt)
+    said = [line for line in lines if "--val" in line]
+    assert [line.split(": ")[:2] for line in said] == [
+        ["1 of 7 images of --val can't be decoded, grey stands in for them", validated]
+    ]
+
+
 def test_bfloat16_without_gpus_is_refused(folder, monkeypatch):
     monkeypatch.setattr("pipeline.runtime.cluster_resource", lambda name: 0.0)
     with pytest.raises(ConfigError, match="bfloat16 needs GPUs"):
         choose_device(flags(folder, "half", precision="bfloat16"))
+
+
+@pytest.mark.parametrize(
+    ("device", "gpus", "chosen"), [("auto", 0.0, "cpu"), ("auto", 4.0, "cuda"), ("cpu", 2.0, "cpu")]
+)
+def test_auto_trains_on_gpus_where_there_are_any(folder, monkeypatch, device, gpus, chosen):
+    monkeypatch.setattr("pipeline.runtime.cluster_resource", lambda name: gpus)
+    assert choose_device(flags(folder, "any", device=device, workers=4)) == chosen
+
+
+@pytest.mark.parametrize(
+    ("device", "gpus", "message"),
+    [
+        ("auto", 2.0, "the cluster has 2 GPUs for 4 workers: --workers 2, or --device cpu"),
+        ("cuda", 1.0, "the cluster has 1 GPU for 4 workers: --workers 1, or --device cpu"),
+        ("cuda", 0.0, "the cluster has 0 GPUs for 4 workers: --device cpu"),
+    ],
+)
+def test_fewer_gpus_than_workers_are_refused(folder, monkeypatch, device, gpus, message):
+    monkeypatch.setattr("pipeline.runtime.cluster_resource", lambda name: gpus)
+    with pytest.raises(ConfigError, match=f"^{message}$"):
+        choose_device(flags(folder, "few", device=device, workers=4))
 
 
 def test_data_tasks_leave_the_cores_to_workers():

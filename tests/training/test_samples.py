@@ -1,15 +1,18 @@
 """Batches out of shards."""
 
 import dataclasses
+import io
+import json
 
 import numpy as np
 import pyarrow as pa
 import pytest
+from PIL import Image
 
 from pipeline.errors import ImageError
 from pipeline.training.order import Pick
-from pipeline.training.samples import from_row, load_batch, make_sample, to_row
-from tests.makers import encode
+from pipeline.training.samples import failures_text, from_row, load_batch, load_images, make_sample, to_row
+from tests.makers import encode, make_tar_shard
 from tests.training.makers import SIDE, make_picture, make_set, read_set, settings
 
 
@@ -64,6 +67,18 @@ def test_the_flag_says_which_ways_samples_are_mirrored(tmp_path, flip, ways):
         across, down = (SIDE - plain[:, [2, 0]], SIDE - plain[:, [3, 1]])
         seen.add((int(np.allclose(boxes[:, ::2], across)), int(np.allclose(boxes[:, 1::2], down))))
     assert seen == (ways or {(0, 0), (0, 1), (1, 0), (1, 1)})
+
+
+def test_images_as_large_as_infer_takes_are_learnt_and_validated(tmp_path):
+    width, height = 10_000, 6_000  # more than 50 million pixels, fewer than the default of --max-pixels
+    file = io.BytesIO()
+    Image.new("L", (width, height), 90).save(file, "JPEG")
+    annotations = {"a.jpg": {"width": width, "height": height, "boxes": [[0, 0, 999, 999]], "labels": [10]}}
+    make_tar_shard(tmp_path / "a.tar", {"a.jpg": file.getvalue()}, annotations=annotations)
+    (tmp_path / "classes.json").write_text(json.dumps({"classes": [{"id": 10, "name": "disc"}]}))
+    index, _ = read_set(tmp_path)
+    assert load_images(index, [0], height=SIDE, width=SIDE, rule="bilinear")[1] == ()
+    assert load_batch(picked(0), index, settings()).failures == ()
 
 
 def test_a_damaged_image_is_named_and_another_stands_in(tmp_path):
@@ -127,3 +142,13 @@ def test_micro_batches_share_a_batch(tmp_path, parts, sizes):
     pieces = batch.split(parts)
     assert [len(piece.image_ids) for piece in pieces] == sizes
     assert [i for piece in pieces for i in piece.image_ids] == batch.image_ids
+
+
+def test_validation_images_that_cannot_be_decoded_are_counted_and_the_first_named(tmp_path):
+    index, _ = read_set(make_set(tmp_path, 3))
+    _, failures = load_images(damaged(index, 1), range(3), height=SIDE, width=SIDE, rule="bilinear")
+    text = failures_text(failures, 3)
+    assert text.startswith("1 of 3 images of --val can't be decoded, grey stands in for them: ")
+    assert text.endswith(failures[0])
+    assert failures[0].startswith(f"{index['image_id'][1].as_py()}: ")
+    assert failures_text(["a", "b", "c", "d"], 2000).endswith("a; b; c; ...")

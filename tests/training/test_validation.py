@@ -13,7 +13,7 @@ from tests.training.makers import SIDE, make_set, read_set, small_model
 
 
 def images_of(index, numbers):
-    return load_images(index, numbers, height=SIDE, width=SIDE, rule="tf_legacy")
+    return load_images(index, numbers, height=SIDE, width=SIDE, rule="tf_legacy")[0]
 
 
 def test_ground_truth_is_what_the_evaluate_job_reads(tmp_path):
@@ -51,6 +51,6 @@ def test_numbers_name_each_class(tmp_path):
 def test_an_image_that_cannot_be_decoded_is_named_and_has_no_part_in_the_crash(tmp_path):
     index, _ = read_set(make_set(tmp_path, 2))
     sizes = index.set_column(3, "size", pa.array([20, index["size"][1].as_py()]))
-    found = images_of(sizes, range(2))
-    assert len(found.failures) == 1
+    found, failures = load_images(sizes, range(2), height=SIDE, width=SIDE, rule="tf_legacy")
+    assert len(failures) == 1
     assert found.images_NHW3[0].min() == found.images_NHW3[0].max() == 128
