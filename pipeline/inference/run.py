@@ -106,6 +106,8 @@ def infer(config: InferConfig, *, detector: type | None = None) -> Report:
     shards = list_shards(config.input)
     check_writable(config.output)
     if config.overwrite:
+        runtime.start_ray()
+        choose_pool(config)  # whatever is refused is refused before something is deleted
         with Lock(config.output):
             clear(config.output)
     check_output(config, fingerprint)

@@ -280,6 +280,15 @@ def test_other_settings_are_refused_with_the_difference(folders):
     assert run(source, target, score_threshold=0.5, overwrite=True).num_images == 3
 
 
+def test_an_overwrite_that_is_refused_deletes_nothing(folders):
+    source, target = folders
+    make_tar_shard(source / "x.tar", 3)
+    run(source, target)
+    with pytest.raises(ConfigError, match="the cluster has no GPU"):
+        run(source, target, overwrite=True, device="cuda")
+    assert len(load_images(target)) == 3
+
+
 def test_a_second_run_at_the_same_time_is_refused(folders):
     from pipeline.inference.lock import Lock
 
