@@ -210,7 +210,7 @@ def fit(prepared: Prepared, *, started: float) -> Position:
         return before  # stopped after its last checkpoint
     if before.step:
         logger.info("going on after step %d of %d", before.step, plan.num_steps)
-    logger.info("starting %d workers on %s ...", config.workers, prepared.device)
+    logger.info("starting %d workers on %s ...", config.workers, plan.device)
     rows = ray.put(usable_rows(prepared.tables["train"][0], config))
     val = prepared.tables["val"][0]
     parts = read_validation_images(val, plan)
