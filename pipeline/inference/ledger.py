@@ -101,7 +101,8 @@ def read_ledger(output: str, parts: Sequence[Part]) -> Ledger:
         if "failed" in statuses:
             failed.append(key[batch["status"].indices.to_numpy() == statuses.index("failed")])
         size_of = np.zeros(len(codes), np.int64)
-        np.maximum.at(size_of, batch["shard"].indices.to_numpy(), batch["shard_size"].to_numpy())
+        rows = batch["shard"].indices.to_numpy().astype(np.intp)  # with these types 7 ns a row, not 50
+        np.maximum.at(size_of, rows, batch["shard_size"].to_numpy().astype(np.int64))
         for code, size in zip(codes.tolist(), size_of.tolist(), strict=True):
             sizes[code] = max(size, sizes.get(code, 0))
     ledger.sizes = np.zeros(len(ledger.codes), np.int64)
