@@ -23,6 +23,7 @@ import ray.autoscaler
 import yaml
 from ray._private.runtime_env import packaging
 
+from pipeline import runtime
 from pipeline.results import load_images
 from tests import servers
 from tests.makers import make_jpeg, make_tar_shard
@@ -134,6 +135,17 @@ def test_kuberay_can_submit_its_job_and_see_how_it_ends(job):
     assert "dashboard-host" not in cluster["headGroupSpec"]["rayStartParams"]
     # A token of our own would be another one than that of the operator and of the submitting container.
     assert "RAY_AUTH" not in json.dumps(job)
+
+
+def test_idle_workers_live_on_every_node_as_long_as_on_a_laptop(launcher, job):
+    cluster = job["rayClusterSpec"]
+    groups = [cluster["headGroupSpec"], *cluster["workerGroupSpecs"]]
+    for container in (group["template"]["spec"]["containers"][0] for group in groups):
+        named = {entry["name"]: entry["value"] for entry in container["env"]}
+        assert named["RAY_idle_worker_killing_time_threshold_ms"] == str(runtime.IDLE_WORKER_MS)
+    for when in ("head", "worker"):
+        start = launcher[f"{when}_start_ray_commands"][-1]
+        assert f"RAY_idle_worker_killing_time_threshold_ms={runtime.IDLE_WORKER_MS} ray start" in start
 
 
 def test_the_documented_installations_can_train_and_measure(launcher):
