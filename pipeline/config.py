@@ -54,8 +54,9 @@ def run_job(
 
 def _going_on(config: object) -> str:
     """How a stopped job goes on."""
-    but = " without --overwrite" if getattr(config, "overwrite", False) else ""
-    return f"; the same command{but} goes on from here"
+    if getattr(config, "overwrite", False):
+        return "; if it had begun to write, the same command without --overwrite goes on from here"
+    return "; the same command goes on from here"
 
 
 def flags(config: object) -> dict[str, object]:

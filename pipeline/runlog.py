@@ -88,7 +88,7 @@ class Progress:
         now: float | None = None,
     ) -> None:
         self.counts = Counts()
-        self._before = done_before
+        self.done_before = done_before
         self._done_of_packed = done_of_packed  # images that this run skips inside shards that it opens
         self._loose = num_loose
         self._packed = num_packed
@@ -156,7 +156,7 @@ class Progress:
             else ""
         )
         eta = f"   ETA {duration(left_s)}" if self.counts.images and known else ""
-        before = f"   (+{self._before:,} done before)" if self._before else ""
+        before = f"   (+{self.done_before:,} done before)" if self.done_before else ""
         return (
             f"{self.counts.images:,}{share} images   {rate:,.1f} images/s   "
             f"{self.counts.failed:,} failed   {self.counts.detections:,} detections{eta}{before}"

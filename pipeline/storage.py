@@ -15,6 +15,7 @@ import time
 import uuid
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import IO, Any, TypeVar, cast
 
 import fsspec
@@ -96,7 +97,7 @@ def is_local(uri: str) -> bool:
 
 def absolute(uri: str) -> str:
     """`uri` for processes with another working directory; URLs stay as they are."""
-    return uri if "://" in uri else os.path.abspath(uri)
+    return uri if "://" in uri else os.path.abspath(os.path.expanduser(uri))
 
 
 def arrow_filesystem(uri: str) -> tuple[pyarrow.fs.FileSystem, str]:
@@ -325,32 +326,46 @@ def honours_exclusive(folder: str) -> bool:
 
 def delete(uris: Iterable[str]) -> None:
     """Delete files; those already gone are fine. Raises: StorageError."""
-    for batch in _batches(list(uris), 500):
-        fs, _ = split(batch[0])
-        paths = [split(uri)[1] for uri in batch]
+    uris = list(uris)
+    if not uris:
+        return
+    what = f"deleting {len(uris):,} files such as {uris[0]}"
+    fs, _ = split(uris[0])
+    paths = [split(uri)[1] for uri in uris]
+    if len(paths) >= MANY_FILES and not isinstance(fs, LocalFileSystem):
+        paths = _left_after_bulk(fs, paths, what)
 
-        def remove(paths: list[str] = paths, fs: fsspec.AbstractFileSystem = fs) -> None:
-            few = isinstance(fs, LocalFileSystem) or len(paths) < MANY_FILES
-            for path in paths if few else _left_after_bulk(fs, paths):
-                with contextlib.suppress(FileNotFoundError):
-                    fs.rm_file(path)
+    def remove(path: str) -> None:
+        with contextlib.suppress(FileNotFoundError):
+            fs.rm_file(path)
 
-        _retry(f"deleting {len(batch)} files such as {batch[0]}", remove)
+    for path in paths:
+        _retry(what, partial(remove, path))
 
 
-def _left_after_bulk(fs: fsspec.AbstractFileSystem, paths: list[str]) -> set[str]:
-    """Delete files of a store in one request for all; those that are still there.
+def _left_after_bulk(fs: fsspec.AbstractFileSystem, paths: list[str], what: str) -> list[str]:
+    """Delete files of a store in requests for many; those that are still there.
 
     s3fs (2026.9) says nothing of files that S3 refuses to delete in such a request.
     """
-    with contextlib.suppress(FileNotFoundError):
-        fs.rm(paths)
-    fs.invalidate_cache()
+
+    def remove(batch: list[str]) -> None:
+        with contextlib.suppress(FileNotFoundError):
+            fs.rm(batch)
+
+    def names(folder: str) -> list[str]:
+        fs.invalidate_cache()
+        try:
+            return fs.ls(folder, detail=False)
+        except FileNotFoundError:
+            return []
+
+    for batch in _batches(paths, 500):
+        _retry(what, partial(remove, batch))
     there: set[str] = set()
     for folder in {posixpath.dirname(path) for path in paths}:
-        with contextlib.suppress(FileNotFoundError):
-            there.update(fs.ls(folder, detail=False))
-    return there.intersection(paths)
+        there.update(_retry(what, partial(names, folder)))
+    return [path for path in paths if path in there]
 
 
 def delete_folder(uri: str) -> None:

@@ -31,4 +31,6 @@ def test_a_stopped_job_that_began_anew_goes_on_without_overwrite(monkeypatch, ca
     monkeypatch.setattr("sys.argv", ["job", *places, "--overwrite"])
     assert run_job(main, config, None, resumes=True) == 130
     said = capsys.readouterr().err
-    assert said == "stopped; the same command without --overwrite goes on from here\n"
+    assert (
+        said == "stopped; if it had begun to write, the same command without --overwrite goes on from here\n"
+    )

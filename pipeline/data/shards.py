@@ -17,7 +17,7 @@ from collections import Counter
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import IO, Literal, cast
 
 import pyarrow as pa
@@ -124,6 +124,8 @@ def list_shards(input_uri: str) -> list[Shard]:
             logger.info("%s: %d shards, %d other files ignored", input_uri, len(found), ignored)
     for shard in found:
         _check_name(shard.uri)
+    # Workers may have another working directory.
+    found = [replace(shard, uri=storage.absolute(shard.uri)) for shard in found]
     return sorted(found, key=lambda shard: shard.name)
 
 

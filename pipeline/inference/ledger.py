@@ -94,23 +94,39 @@ def read_ledger(output: str, parts: Sequence[Part]) -> Ledger:
     Measured with 10 million rows on 2 cores: see `benchmarks/planning.py`.
     """
     ledger = Ledger()
-    keys, failed, sizes = [], [], {}
-    for key, batch, codes in _keys(output, parts, ledger.codes):
-        keys.append(key)
-        statuses = batch["status"].dictionary.to_pylist()
-        if "failed" in statuses:
-            failed.append(key[batch["status"].indices.to_numpy() == statuses.index("failed")])
-        size_of = np.zeros(len(codes), np.int64)
-        rows = batch["shard"].indices.to_numpy().astype(np.intp)  # with these types 7 ns a row, not 50
-        np.maximum.at(size_of, rows, batch["shard_size"].to_numpy().astype(np.int64))
-        for code, size in zip(codes.tolist(), size_of.tolist(), strict=True):
-            sizes[code] = max(size, sizes.get(code, 0))
+    keys: list[np.ndarray] = []
+    sizes: dict[int, int] = {}
+    for round_ in sorted({part.round for part in parts}):
+        first, failed = len(keys), []
+        of_round = [part for part in parts if part.round == round_]
+        for key, batch, codes in _keys(output, of_round, ledger.codes):
+            keys.append(key)
+            failed.append(key[_is_failed(batch)])
+            for code, size in zip(codes.tolist(), _largest_sizes(batch, len(codes)), strict=True):
+                sizes[code] = max(size, sizes.get(code, 0))
+        if len(ledger.failed):  # what runs again and goes well has not failed any more
+            ledger.failed = np.setdiff1d(ledger.failed, np.concatenate(keys[first:]))
+        ledger.failed = np.unique(np.concatenate([ledger.failed, *failed]))
     ledger.sizes = np.zeros(len(ledger.codes), np.int64)
     for code, size in sizes.items():
         ledger.sizes[code] = size
     ledger.keys, ledger.num_rows = _sorted_unique(keys)
-    ledger.failed, _ = _sorted_unique(failed)
     return ledger
+
+
+def _is_failed(batch: pa.RecordBatch) -> np.ndarray:
+    """Bool [rows]."""
+    statuses = batch["status"].dictionary.to_pylist()
+    failed = statuses.index("failed") if "failed" in statuses else -1
+    return batch["status"].indices.to_numpy() == failed
+
+
+def _largest_sizes(batch: pa.RecordBatch, num_shards: int) -> list[int]:
+    """The `shard_size` of each shard of the batch; rows of a shard's own failure have 0."""
+    sizes = np.zeros(num_shards, np.int64)
+    rows = batch["shard"].indices.to_numpy().astype(np.intp)  # with these types 7 ns a row, not 50
+    np.maximum.at(sizes, rows, batch["shard_size"].to_numpy().astype(np.int64))
+    return sizes.tolist()
 
 
 def _keys(

@@ -24,9 +24,12 @@ BUDGET_FROM = 1_000  # images before the error budget is looked at during the ru
 class Monitor:
     """Keeps the weights, adds up what tasks report, tells the error budget, and publishes live metrics."""
 
-    def __init__(self, progress: Progress, max_failed_fraction: float, weights: bytes) -> None:
+    def __init__(
+        self, progress: Progress, max_failed_fraction: float, num_others: int, weights: bytes
+    ) -> None:
         self._progress = progress
         self._allowed = max_failed_fraction
+        self._num_others = num_others
         self._weights = weights
         self._unfinished: set[int] = set()
         self._counted: set[str] = set()
@@ -55,7 +58,8 @@ class Monitor:
                 if value := getattr(counts, name):
                     metric.inc(value)
             self._rate.set(self._progress.steady_rate)
-        return self._progress.counts.images >= BUDGET_FROM and self._progress.failed_fraction > self._allowed
+        images, failed = self._progress.counts.images, self._progress.counts.failed
+        return images >= BUDGET_FROM and failed > self._allowed * (images + self._num_others)
 
     def weights(self) -> bytes:
         """The weights file, for detectors that start."""
@@ -93,15 +97,17 @@ def progress_of(plan: Plan) -> Progress:
     )
 
 
-def _start(progress: Progress, max_failed_fraction: float, weights: bytes) -> Any:
+def _start(progress: Progress, config: InferConfig, weights: bytes) -> Any:
     """A monitor that runs, on the driver's node: the loss of another one must not end the run.
 
     A young cluster cancelled one before it ran, for references that were not gone.
     """
+    # A retry consists of images that failed before: they are measured by all of the output.
+    num_others = progress.done_before if config.retry_failed else 0
     here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
     for last in (False, False, True):
         monitor: Any = Monitor.options(scheduling_strategy=here).remote(
-            progress, max_failed_fraction, weights
+            progress, config.max_failed_fraction, num_others, weights
         )
         try:
             ray.get(monitor.begin.remote())
@@ -120,9 +126,7 @@ def monitoring(progress: Progress, config: InferConfig, weights: bytes) -> Itera
     Raises:
         PipelineError: the run has failed because the monitor died.
     """
-    # Images that failed once and run again say nothing of all: only the end looks at these.
-    allowed = 1.0 if config.retry_failed else config.max_failed_fraction
-    monitor = _start(progress, allowed, weights)
+    monitor = _start(progress, config, weights)
     stop = threading.Event()
 
     def report() -> None:

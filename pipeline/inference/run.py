@@ -96,8 +96,9 @@ def infer(config: InferConfig, *, detector: type | None = None) -> Report:
         ConfigError: refused: see the message.
         PipelineError: images are still missing after `MAX_PASSES`.
     """
-    # Workers have another working directory.
-    config = replace(config, input=storage.absolute(config.input), output=storage.absolute(config.output))
+    config = replace(
+        config, output=storage.absolute(config.output)
+    )  # workers may have another working directory
     retries = storage.num_retries()
     weights = portable_weights(config.weights)
     spec = checkpoint.read_spec(config.weights)
@@ -105,9 +106,10 @@ def infer(config: InferConfig, *, detector: type | None = None) -> Report:
     settings = read_settings(config, spec)
     shards = list_shards(config.input)
     check_writable(config.output)
-    if config.overwrite:
+    if config.overwrite or config.redo_changed:
         runtime.start_ray()
         choose_pool(config)  # whatever is refused is refused before something is deleted
+    if config.overwrite:
         with Lock(config.output):
             clear(config.output)
     check_output(config, fingerprint)

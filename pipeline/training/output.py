@@ -82,11 +82,13 @@ def check_clearable(output: str) -> None:
 def clear(output: str) -> None:
     """Delete what a training run has left. Raises: ConfigError where the files aren't ours."""
     check_clearable(output)
+    run = storage.join(output, "_run")
+    # What says that it is done goes first; its flags, which say whose files these are, are replaced later.
+    kept = {name for name in storage.list_names(run) if name == "config.json" or name.startswith("lock-")}
+    names = ["result.json", *sorted(storage.list_names(run) - kept - {"result.json"})]
+    storage.delete([storage.join(run, name) for name in names] + [storage.join(output, MODEL)])
     for folder in (CHECKPOINTS, "tensorboard"):
         storage.delete_folder(storage.join(output, folder))
-    run = storage.join(output, "_run")
-    names = [storage.join(run, n) for n in storage.list_names(run) if not n.startswith("lock-")]
-    storage.delete([*names, storage.join(output, MODEL)])
 
 
 def record(config: TrainConfig, name: str) -> str:

@@ -64,6 +64,15 @@ def test_names_are_the_same_however_the_folder_is_written(tmp_path, monkeypatch)
         assert [shard.name for shard in list_shards(uri)] == ["x/s.tar"]
 
 
+def test_uris_of_shards_hold_in_any_working_directory(tmp_path, monkeypatch):
+    path = make_tar_shard(tmp_path / "a[1]/in/s.tar", 1)
+    (path.parent / "list.txt").write_text("s.tar\n")
+    monkeypatch.chdir(path.parent.parent)
+    monkeypatch.setenv("HOME", str(path.parent.parent))
+    for uri in ("in", "in/s.tar", "in/*.tar", "in/list.txt", "~/in"):
+        assert [shard.uri for shard in list_shards(uri)] == [str(path)]
+
+
 def test_one_file_is_an_input(tmp_path):
     path = make_tar_shard(tmp_path / "s.tar", 1)
 

@@ -79,6 +79,17 @@ def test_a_shard_is_finished_when_every_index_has_its_row(output, lock):
     assert not read.is_finished("never seen")
 
 
+def test_what_a_later_round_did_well_has_not_failed(output, lock):
+    rows = [("x.tar", 0, 3, "failed", 0), ("x.tar", 1, 3, "failed", 0), ("x.tar", 2, 3, "ok", 1)]
+    publish(output, lock, "part-0.parquet", rows)
+    publish(output, lock, "part-1.parquet", [("x.tar", 0, 3, "ok", 2)], round=1)
+    publish(output, lock, "part-2.parquet", [("x.tar", 1, 3, "ok", 2)], round=2)
+    publish(output, lock, "part-3.parquet", [("x.tar", 0, 3, "failed", 0)], round=2)
+    read = ledger.read_ledger(output, read_parts(output))
+    assert read.done("x.tar").tolist() == [0, 1, 2]
+    assert read.done("x.tar", count_failed=False).tolist() == [1, 2]
+
+
 def test_an_image_written_twice_is_seen_as_such(output, lock):
     publish(output, lock, "part-a.parquet", [("x.tar", 0, 2, "ok", 1)])
     publish(output, lock, "part-b.parquet", [("x.tar", 0, 2, "ok", 1)])

@@ -258,7 +258,7 @@ def test_a_retry_of_many_images_that_fail_again_goes_on_to_its_end(folders):
     make_tar_shard(source / "a.tar", {f"{i}.jpg": b"broken" for i in range(1_100)})
     make_tar_shard(source / "b.tar", {f"{i}.jpg": b"broken" for i in range(100)})
     run(source, target, max_failed_fraction=1)
-    report = run(source, target, retry_failed=True)
+    report = run(source, target, retry_failed=True, max_failed_fraction=0.6)
     assert (report.num_images_this_run, report.stopped_early) == (1_200, False)
     assert report.over_budget  # at the end
 
@@ -280,12 +280,14 @@ def test_other_settings_are_refused_with_the_difference(folders):
     assert run(source, target, score_threshold=0.5, overwrite=True).num_images == 3
 
 
-def test_an_overwrite_that_is_refused_deletes_nothing(folders):
+@pytest.mark.parametrize("flag", ["overwrite", "redo_changed"])
+def test_what_is_refused_for_want_of_a_gpu_deletes_nothing(folders, flag):
     source, target = folders
     make_tar_shard(source / "x.tar", 3)
     run(source, target)
+    make_tar_shard(source / "x.tar", 4)
     with pytest.raises(ConfigError, match="the cluster has no GPU"):
-        run(source, target, overwrite=True, device="cuda")
+        run(source, target, fakes.FakeDetector, device="cuda", **{flag: True})
     assert len(load_images(target)) == 3
 
 

@@ -1,10 +1,12 @@
 """What a training run finds in its output."""
 
 import json
+import os
 from pathlib import Path
 from typing import Any
 
 import pytest
+from fsspec.implementations.local import LocalFileSystem
 
 from pipeline import storage
 from pipeline.config import TrainConfig, flags
@@ -48,6 +50,27 @@ def changed(config, **changes):
 
 def content(folder):
     return {path: path.read_bytes() for path in Path(folder).rglob("*") if path.is_file()}
+
+
+@pytest.mark.parametrize("num_deleted", [1, 2, 3])
+def test_an_overwrite_that_dies_while_it_deletes_can_be_given_again(config, monkeypatch, num_deleted):
+    storage.write_atomic(f"{config.output}/checkpoints/c/state", b"old")
+    left = num_deleted
+
+    def die(path, real=os.unlink):
+        nonlocal left
+        if not left:
+            raise KeyboardInterrupt
+        left -= 1
+        real(path)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(LocalFileSystem, "rm_file", lambda self, path: die(path))
+        with pytest.raises(KeyboardInterrupt):
+            run.train(changed(config, overwrite=True))
+    assert not Path(config.output, "_run/result.json").exists()
+    assert not run.train(changed(config, overwrite=True)).was_done
+    assert not Path(config.output, "checkpoints/c/state").exists()
 
 
 def test_what_is_refused_deletes_nothing(config):
