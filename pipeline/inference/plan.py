@@ -332,7 +332,9 @@ def recorded_shards(output: str) -> dict[str, tuple[int, str]]:
         return {}
     columns = ["name", "num_bytes", "etag"]
     try:
-        rows = pq.read_table(io.BytesIO(storage.read_bytes(record)), columns=columns).to_pylist()
+        # Arrow's threads (26.0) may still hold a Python file when the interpreter ends, which aborts it.
+        file = pq.ParquetFile(io.BytesIO(storage.read_bytes(record)))
+        rows = file.read(columns=columns, use_threads=False).to_pylist()
     except (pa.ArrowException, OSError) as error:
         raise StorageError(
             f"{record} is damaged ({error}). Delete this file, if no shard has changed since it was run"

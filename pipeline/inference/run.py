@@ -96,9 +96,8 @@ def infer(config: InferConfig, *, detector: type | None = None) -> Report:
         ConfigError: refused: see the message.
         PipelineError: images are still missing after `MAX_PASSES`.
     """
-    config = replace(
-        config, output=storage.absolute(config.output)
-    )  # workers may have another working directory
+    # Workers may have another working directory.
+    config = replace(config, output=storage.absolute(config.output))
     retries = storage.num_retries()
     weights = portable_weights(config.weights)
     spec = checkpoint.read_spec(config.weights)

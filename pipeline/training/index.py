@@ -150,7 +150,8 @@ def load_index(uri: str, digest: str) -> pa.Table | None:
     """
     if not storage.exists(uri):
         return None
-    table = pq.read_table(io.BytesIO(storage.read_bytes(uri)))
+    # Threads of Arrow (26.0) that still hold a Python file when the interpreter ends abort it.
+    table = pq.ParquetFile(io.BytesIO(storage.read_bytes(uri))).read(use_threads=False)
     if (table.schema.metadata or {}).get(_DIGEST) != digest.encode():
         name = posixpath.basename(uri)
         raise ConfigError(
