@@ -12,7 +12,7 @@ Where to look:
     data/      shards -> images -> pixels; annotations; augmentation
     model/     the detector in plain PyTorch: anchors, backbones, SSD, loss, post-processing, checkpoints
     results/   read the tables back, export them
-    inference/ plan -> run (the chain) -> sink; ledger, lock, report
+    inference/ plan -> run (the chain) -> sink (detects and publishes); ledger, lock, report
     evaluation/ average precision and what goes with it
     gallery/   pictures with boxes, the HTML report
     training/  index -> order -> batches (Ray tasks) -> steps (plain PyTorch) -> checkpoint

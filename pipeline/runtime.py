@@ -110,7 +110,7 @@ def configure_data(*, block_bytes: int) -> DataContext:
     context.print_on_execution_start = False
     # What it logs as an error it raises, too, and a reader that dies is run again.
     logging.getLogger("ray.data").setLevel(logging.CRITICAL)
-    # A few images need fewer detectors and writers than there may be: nothing to warn of.
+    # A few images need fewer detectors than there may be: nothing to warn of.
     warnings.filterwarnings("ignore", message="The m(in|ax)imum number of concurrent (actors|tasks)")
     return context
 

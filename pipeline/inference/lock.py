@@ -24,7 +24,7 @@ SILENCE_S = 90.0  # an owner that was silent for so long is taken for dead
 
 @dataclass(frozen=True)
 class LockRef:
-    """What a writer in another process needs to see whether its run still owns the output."""
+    """What another process needs to see whether its run still owns the output."""
 
     folder: str
     number: int

@@ -37,7 +37,7 @@ MIN_IMAGES_PER_TASK = 128  # loose image files, a shard each
 GUESSED_SHARD_IMAGES = 64  # for --limit
 
 # A block is one commit: as many whole batches as fit, or one. Each costs about 60 ms of CPU (summed from
-# parts) in driver, detector and writer, so small ones are dear. Beyond 32 MB, though, glibc takes its memory
+# parts) in driver and detector, so small ones are dear. Beyond 32 MB, though, glibc takes its memory
 # from the system anew, which zeroes every page of it (128 images: a third of the readers' time).
 BLOCK_BYTES = 30_000_000
 BATCH_SIZE = 32  # images; on GPUs a whole block

@@ -68,16 +68,21 @@ def finish_report(
     progress: Progress,
     num_detectors: int,
     *,
+    num_at_once: int,
     num_retries: int,
     stopped: bool,
 ) -> Report:
-    """Count the output, write `_run/report.json` and return it; `num_retries` are the driver's own."""
+    """Count the output, write `_run/report.json` and return it.
+
+    `num_at_once` blocks at most were being published; `num_retries` are the driver's own.
+    """
     summary = summarise(config.output)
     confident = Counter[str]()
     for frame in iter_detections(config.output, min_score=CONFIDENT, columns=["class_name"]):
         confident.update(frame.class_name.tolist())
     counts, seconds = progress.counts, progress.seconds
     busy = counts.detect_s / max(progress.steady_seconds * num_detectors, 1e-9)
+    publishing = counts.write_s / max(progress.steady_seconds * num_at_once, 1e-9)
     failed_fraction = summary.num_failed / max(summary.num_images, 1)
     report = Report(
         input=config.input,
@@ -104,7 +109,7 @@ def finish_report(
         errors=dict(counts.errors),
         classes=dict(zip(summary.classes.class_name, map(int, summary.classes.num_detections), strict=True)),
         confident_classes=dict(confident.most_common()),
-        limited_by=limited_by(progress, busy),
+        limited_by=limited_by(progress, busy, publishing),
         num_parts=len(parts),
         over_budget=stopped or failed_fraction > config.max_failed_fraction,
         stopped_early=stopped,
@@ -115,8 +120,14 @@ def finish_report(
     return report
 
 
-def limited_by(progress: Progress, busy: float) -> str:
-    """One sentence that names what the run waited for."""
+def limited_by(progress: Progress, busy: float, publishing: float) -> str:
+    """One sentence that names what the run waited for.
+
+    Args:
+        progress: what was counted.
+        busy: share of the time in which detectors worked.
+        publishing: share of the blocks that may be at detectors at once that were being published.
+    """
     counts = progress.counts
     if counts.images == 0:
         return "Nothing was left to do."
@@ -124,6 +135,11 @@ def limited_by(progress: Progress, busy: float) -> str:
         return "Start-up took most of the time: too few images to tell what limits the speed."
     if busy >= 0.8:
         return f"The detectors were busy {100 * min(busy, 1):.0f} % of the time: more of them make it faster."
+    if publishing >= 0.8:
+        return (
+            f"The detectors were busy only {100 * busy:.0f} %, and waited for {counts.write_s:.0f} s of "
+            "writing: the output's store limits."
+        )
     if counts.read_s > counts.decode_s:
         return (
             f"The detectors were busy only {100 * busy:.0f} %, and reading took {counts.read_s:.0f} s "

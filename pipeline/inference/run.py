@@ -1,15 +1,14 @@
-"""The inference run: plan, the chain read -> detect -> write, finish check, compaction, report."""
+"""The inference run: plan, the chain read -> detect and publish, finish check, compaction, report."""
 
 import json
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
-from functools import partial
 from typing import Any
 
 import pyarrow as pa
 import ray
 import ray.exceptions
-from ray.data import ActorPoolStrategy, Dataset, TaskPoolStrategy
+from ray.data import ActorPoolStrategy, Dataset
 
 from pipeline import runtime, storage
 from pipeline.config import InferConfig, flags
@@ -42,7 +41,7 @@ from pipeline.inference.plan import (
     thresholds_by_label,
 )
 from pipeline.inference.report import Report, finish_report
-from pipeline.inference.sink import Target, write_part
+from pipeline.inference.sink import DetectAndPublish, Target
 from pipeline.model import checkpoint
 from pipeline.model.spec import ModelSpec
 from pipeline.results.parts import read_parts
@@ -51,10 +50,11 @@ from pipeline.runlog import Progress, logger
 MAX_PASSES = 5  # the run itself, and again for what is missing or was in flight when a process died
 SLOW_IMAGES_PER_BLOCK = 16
 WHOLE_BLOCK = 4096  # more images than any block has
-# Blocks that wait at a GPU, or it waits for them: Ray Data (2.60, 2 by default) brings new ones ten times a
-# second. A detector that sleeps 31 ms a block was busy for .57 to .61 of the time with 2, .64 to .68 with 4,
-# .75 to .78 with 8, no more with 16; with 83 ms for .82 and .93 with 2 and 8 (an H200 for .81 with 2).
-GPU_BLOCKS = 8
+# At a detector: waiting, worked on and being published. Ray Data (2.60) looks ten times a second for what is
+# done, and a part waits tenths of a second for the store. A detector that sleeps 31 ms a block was busy for
+# .90 to .95 of the time with 8, 12 or 16 where parts went to the local disk; where each file took 0.1 s
+# longer, for .64 with 8, .89 with 12, .93 with 16 and .90 with 24.
+BLOCKS_AT_ONCE = {"cuda": 16, "cpu": 4}
 
 # Logical: detectors and readers share the cores. Whole numbers: from fractions Ray Data (2.60) makes budgets
 # that are short of the last reader (0.89 for 0.9), and half the cores stood idle.
@@ -72,18 +72,6 @@ class Pool:
     max_size: int
     batch_size: int
     threads: int
-
-    @property
-    def num_writers(self) -> int:
-        """Parts that are published at once: one waits tenths of a second for the store.
-
-        Not fewer than four: Ray Data (2.60) looks ten times a second for writers that are done. Two published
-        11 parts a second of the 13 that two readers of tiny images made; more and more waited in the driver.
-        Without a limit Ray starts a process for each part that is ready and counts cores as theirs that
-        readers could use: 0.39 of the speed of two processes that only read, decode and resize, where a limit
-        alone made it 0.65 (benchmarks/feeding.py, two cores).
-        """
-        return max(4, self.max_size * (8 if self.device == "cuda" else 1))
 
 
 def infer(config: InferConfig, *, detector: type | None = None) -> Report:
@@ -129,7 +117,7 @@ def infer(config: InferConfig, *, detector: type | None = None) -> Report:
         done = (
             run_plan(plan, spec, weights, config, lock, detector or LoadedDetector)
             if plan.work
-            else Outcome(progress_of(plan), num_detectors=0, over_budget=False)
+            else Outcome(progress_of(plan), num_detectors=0, num_at_once=0, over_budget=False)
         )
         run = lock.ref.run
         parts = remove_late(config.output, plan.known, run, lock=lock.ref, over=not done.over_budget)
@@ -141,6 +129,7 @@ def infer(config: InferConfig, *, detector: type | None = None) -> Report:
             parts,
             done.progress,
             done.num_detectors,
+            num_at_once=done.num_at_once,
             num_retries=storage.num_retries() - retries,
             stopped=done.over_budget,
         )
@@ -152,6 +141,7 @@ class Outcome:
 
     progress: Progress
     num_detectors: int
+    num_at_once: int
     over_budget: bool
 
 
@@ -171,7 +161,7 @@ def run_plan(
         except BudgetError:
             over_budget = True
         progress: Progress = ray.get(monitor.progress.remote())
-    return Outcome(progress, pool.max_size, over_budget)
+    return Outcome(progress, pool.max_size, pool.max_size * BLOCKS_AT_ONCE[pool.device], over_budget)
 
 
 # ---- the chain ---------------------------------------------------------------------------------------
@@ -184,9 +174,13 @@ def detect_shards(
     detector: type,
     detector_args: Mapping[str, object],
     pool: Pool,
+    target: Target,
     monitor: Any,
 ) -> Dataset:
-    """Read, decode and resize (tasks on CPUs), then detect (an actor pool)."""
+    """Read, decode and resize (tasks on CPUs), then detect and publish (an actor pool).
+
+    Its rows are counts of images. Not with a Ray `Datasink`, nor with tasks that publish: see CONTRIBUTING.
+    """
     images = runtime.read_tasks(
         "Shards",
         [
@@ -200,35 +194,25 @@ def detect_shards(
     )
     return runtime.map_blocks(
         images,
-        detector,
-        fn_constructor_kwargs=dict(detector_args),
+        DetectAndPublish,
+        fn_constructor_kwargs={
+            "detector": detector,
+            "detector_args": dict(detector_args),
+            "target": target,
+            "monitor": monitor,
+        },
         compute=ActorPoolStrategy(
             min_size=pool.min_size,
             max_size=pool.max_size,
-            max_tasks_in_flight_per_actor=GPU_BLOCKS if pool.device == "cuda" else None,
+            max_tasks_in_flight_per_actor=BLOCKS_AT_ONCE[pool.device],
+            max_concurrent_calls_per_actor=BLOCKS_AT_ONCE[pool.device],
+            enable_true_multi_threading=True,
         ),
         num_cpus=DETECTOR_CPUS,
         num_gpus=1 if pool.device == "cuda" else 0,
         max_restarts=RETRIES,
         max_task_retries=RETRIES,
     )
-
-
-def write_parts(detected: Dataset, target: Target, *, num_writers: int, monitor: Any) -> None:
-    """Publish each detected block as one part (tasks), and run the chain.
-
-    Not with a Ray `Datasink`: the driver keeps what its writers return until the end (11 MiB for 200,000 tiny
-    images).
-    """
-    parts = runtime.map_blocks(
-        detected,
-        partial(write_part, target=target, monitor=monitor),
-        compute=TaskPoolStrategy(num_writers),
-        num_cpus=0,
-        max_retries=RETRIES,
-    )
-    for _ in parts.iter_internal_ref_bundles():
-        pass
 
 
 def shard_reader(
@@ -284,7 +268,16 @@ def run_passes(
             return
         tasks = group_tasks(work, num_cores=runtime.expected_cores())
         runtime.configure_data(block_bytes=settings.images_per_block * settings.image_bytes)
-        detected = detect_shards(
+        target = Target(
+            output=plan.output,
+            run=f"{lock.ref.run}.{number}",
+            metadata=part_metadata(
+                fingerprint=plan.fingerprint, model=spec.to_json(), run=lock.ref.run, round=plan.round
+            ),
+            class_names=dict(zip(spec.label_ids, spec.class_names, strict=True)),
+            lock=lock.ref,
+        )
+        parts = detect_shards(
             tasks,
             settings=settings,
             detector=detector,
@@ -296,21 +289,14 @@ def run_passes(
                 "threads": pool.threads,
             },
             pool=pool,
+            target=target,
             monitor=monitor,
-        )
-        target = Target(
-            output=plan.output,
-            run=f"{lock.ref.run}.{number}",
-            metadata=part_metadata(
-                fingerprint=plan.fingerprint, model=spec.to_json(), run=lock.ref.run, round=plan.round
-            ),
-            class_names=dict(zip(spec.label_ids, spec.class_names, strict=True)),
-            lock=lock.ref,
         )
         ray.get(monitor.begin.remote())
         suspects: set[str] = set()
         try:
-            write_parts(detected, target, num_writers=pool.num_writers, monitor=monitor)
+            for _ in parts.iter_internal_ref_bundles():
+                pass
         except (
             ray.exceptions.WorkerCrashedError,
             ray.exceptions.ActorDiedError,

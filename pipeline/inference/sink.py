@@ -1,7 +1,9 @@
-"""The last stage of the chain: one task publishes one part of the two tables."""
+"""The last stage of the chain: an actor that detects in blocks and publishes each as one part."""
 
 import time
 from collections import Counter
+from collections.abc import Mapping
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -26,6 +28,27 @@ class Target:
     metadata: dict[bytes, bytes]
     class_names: dict[int, str]
     lock: LockRef
+
+
+class DetectAndPublish:
+    """Detects in one block at a time, while other threads take blocks from Ray and publish parts.
+
+    The detector is made and called in one thread of its own: it need not be safe for several, and the blocks
+    go through it in the order in which they came.
+    """
+
+    def __init__(
+        self, detector: type, detector_args: Mapping[str, object], target: Target, monitor: Any
+    ) -> None:
+        self._thread = ThreadPoolExecutor(1, "detector")
+        self._detector = self._thread.submit(detector, **detector_args).result()
+        self._target = target
+        self._monitor = monitor
+
+    def __call__(self, block: pa.Table) -> pa.Table:
+        """Called by several threads at once. Raises: what `write_part` and the detector raise."""
+        detected = self._thread.submit(self._detector, block).result()
+        return write_part(detected, target=self._target, monitor=self._monitor)
 
 
 def write_part(block: pa.Table, *, target: Target, monitor: Any) -> pa.Table:

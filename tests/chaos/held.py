@@ -1,8 +1,8 @@
-"""The head dies while a writer on another node is held: `python -m tests.chaos.held --seconds 30`.
+"""The head dies while a write on another node is held: `python -m tests.chaos.held --seconds 30`.
 
-The run is resumed at once on a Ray of its own. The held writer wakes up later, lands or is refused, and
-takes back what nobody counts on. It is held before its images part, before its boxes, or right after its
-images part ("taken": the resumed run finds the part, and its writer must not take it back).
+The run is resumed at once on a Ray of its own. The held write goes on later, lands or is refused, and its
+process takes back what nobody counts on. It is held before its images part, before its boxes, or right
+after its images part ("taken": the resumed run finds the part, and it must not be taken back).
 """
 
 import argparse

@@ -1,4 +1,4 @@
-"""Kill -9 at exact moments of readers, detectors and writers: `python -m tests.chaos.moments --kills 20`.
+"""Kill -9 at exact moments of reading, detecting and publishing: `python -m tests.chaos.moments --kills 20`.
 
 The processes kill themselves (`hooks/sitecustomize.py`), many in one run, until each moment had its kills.
 """

@@ -1,7 +1,7 @@
 """Kill -9 at random moments, resume, compare: `python -m tests.chaos.rounds --rounds 50`.
 
-Each round starts a run, kills one process of it (driver, detector, reader, writer, monitor, the raylet of
-a second node, the S3 server), lets it end or starts it again until it is done, and compares the tables
+Each round starts a run, kills one process of it (driver, detector, reader, monitor, the raylet of a
+second node, the S3 server), lets it end or starts it again until it is done, and compares the tables
 with those of an undisturbed run. Where it had to be started again, a naive reader looks for repeated boxes as
 soon as the new run has looked over what it found. Prints a line a round; exit code 1 where anything differs.
 """
@@ -42,9 +42,8 @@ from tests.chaos.runs import (
 )
 
 TITLES = {
-    "detector": "ray::MapWorker",
+    "detector": "ray::MapWorker",  # it publishes, too
     "reader": "ray::ReadShards",
-    "writer": "ray::MapBatches(write_part)",
     "monitor": "ray::Monitor",
 }
 TARGETS = ("driver", *TITLES, "raylet", "s3")

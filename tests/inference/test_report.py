@@ -14,20 +14,32 @@ def run(*, start_s, steady_s, **seconds):
 
 def test_a_run_with_nothing_to_do_says_so():
     idle = Progress(done_before=200, done_of_packed=0, num_loose=0, num_packed=0, now=0.0)
-    assert limited_by(idle, busy=0.0) == "Nothing was left to do."
+    assert limited_by(idle, busy=0.0, publishing=0.1) == "Nothing was left to do."
 
 
 def test_a_run_that_mostly_started_names_no_limit():
-    assert "Start-up took most of the time" in limited_by(run(start_s=11.0, steady_s=10.0), busy=1.0)
+    assert "Start-up took most of the time" in limited_by(
+        run(start_s=11.0, steady_s=10.0), busy=1.0, publishing=0.1
+    )
 
 
 def test_busy_detectors_are_the_limit():
-    sentence = limited_by(run(start_s=5.0, steady_s=10.0, read_s=99.0), busy=0.8)
+    sentence = limited_by(run(start_s=5.0, steady_s=10.0, read_s=99.0), busy=0.8, publishing=0.1)
     assert sentence == "The detectors were busy 80 % of the time: more of them make it faster."
 
 
 def test_with_waiting_detectors_the_longer_of_reading_and_decoding_is_the_limit():
-    slow_store = limited_by(run(start_s=5.0, steady_s=10.0, read_s=30.0, decode_s=20.0), busy=0.3)
+    slow_store = limited_by(
+        run(start_s=5.0, steady_s=10.0, read_s=30.0, decode_s=20.0), busy=0.3, publishing=0.1
+    )
     assert "reading took 30 s against 20 s of decoding: the store or the network limits" in slow_store
-    slow_decoding = limited_by(run(start_s=5.0, steady_s=10.0, read_s=20.0, decode_s=30.0), busy=0.3)
+    slow_decoding = limited_by(
+        run(start_s=5.0, steady_s=10.0, read_s=20.0, decode_s=30.0), busy=0.3, publishing=0.1
+    )
     assert slow_decoding == "Detectors were busy only 30 %: decoding limits, more CPU cores make it faster."
+
+
+def test_with_parts_that_wait_for_the_store_the_output_is_the_limit():
+    slow = run(start_s=5.0, steady_s=10.0, decode_s=9.0, write_s=35.0)
+    sentence = limited_by(slow, busy=0.3, publishing=0.9)
+    assert sentence.endswith("busy only 30 %, and waited for 35 s of writing: the output's store limits.")

@@ -17,7 +17,9 @@ import ray
 from pipeline.config import InferConfig
 from pipeline.errors import ConfigError, PipelineError
 from pipeline.inference import blocks
+from pipeline.inference.lock import LockRef
 from pipeline.inference.run import Pool, detect_shards, shard_reader
+from pipeline.inference.sink import DetectAndPublish, Target
 from pipeline.inference.verify import verify
 from pipeline.results import load_detections, load_images
 from tests import fakes
@@ -69,7 +71,7 @@ def tables(target):
     ]
 
 
-def test_the_physical_plan_is_read_detect_write_and_the_driver_keeps_no_blocks(folders, monkeypatch):
+def test_the_physical_plan_is_read_detect_and_the_driver_keeps_no_blocks(folders, monkeypatch):
     from ray.data import Dataset
 
     make_tar_shard(folders[0] / "a.tar", 5)
@@ -83,11 +85,7 @@ def test_the_physical_plan_is_read_detect_write_and_the_driver_keeps_no_blocks(f
     monkeypatch.setattr(Dataset, "iter_internal_ref_bundles", spy)
     run(*folders)
     operators = [line.split(":")[0] for line in plans[0].splitlines() if line.startswith("Operator ")]
-    assert operators == [
-        "Operator 1 ReadShards",
-        "Operator 2 MapBatches(FakeDetector)",
-        "Operator 3 MapBatches(write_part)",
-    ]
+    assert operators == ["Operator 1 ReadShards", "Operator 2 MapBatches(DetectAndPublish)"]
     assert "blocks produced" not in plans[0]  # there without runtime.ForgetBlocks
 
 
@@ -126,6 +124,7 @@ def test_a_detector_on_a_gpu_gets_blocks_as_they_are():
         detector=fakes.NullDetector,
         detector_args={},
         pool=Pool(device="cuda", min_size=1, max_size=1, batch_size=16, threads=0),
+        target=Target(output="out", run="r0001.0", metadata={}, class_names={}, lock=LockRef("out/_run", 1)),
         monitor=None,
     )
     detecting: Any = chain._logical_plan.dag
@@ -438,17 +437,16 @@ def test_the_report_says_what_the_tables_say(folders):
 
 
 def test_a_part_that_is_tried_again_after_it_was_reported_counts_once(folders, tmp_path, monkeypatch):
-    from pipeline.inference.sink import write_part
+    class PublishesAndDies(DetectAndPublish):
+        def __call__(self, block):
+            written = super().__call__(block)
+            try:
+                (tmp_path / "died").touch(exist_ok=False)
+            except FileExistsError:
+                return written
+            os.kill(os.getpid(), signal.SIGKILL)
 
-    def write_and_die(block, **settings):
-        written = write_part(block, **settings)
-        try:
-            (tmp_path / "died").touch(exist_ok=False)
-        except FileExistsError:
-            return written
-        os.kill(os.getpid(), signal.SIGKILL)
-
-    monkeypatch.setattr("pipeline.inference.run.write_part", write_and_die)
+    monkeypatch.setattr("pipeline.inference.run.DetectAndPublish", PublishesAndDies)
     source, target = folders
     make_tar_shard(source / "a.tar", 10)
     report = run(source, target)
@@ -459,10 +457,11 @@ def test_a_part_that_is_tried_again_after_it_was_reported_counts_once(folders, t
 def test_an_overtaken_run_says_so_in_one_line(folders, monkeypatch):
     from pipeline.errors import StorageError
 
-    def overtaken(block, **settings):
-        raise StorageError("another run took this output over; this one stops")
+    class Overtaken(DetectAndPublish):
+        def __call__(self, block):
+            raise StorageError("another run took this output over; this one stops")
 
-    monkeypatch.setattr("pipeline.inference.run.write_part", overtaken)
+    monkeypatch.setattr("pipeline.inference.run.DetectAndPublish", Overtaken)
     make_tar_shard(folders[0] / "a.tar", 10)
     with pytest.raises(StorageError) as raised:
         run(*folders)

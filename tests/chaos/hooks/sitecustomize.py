@@ -1,9 +1,9 @@
 """On PYTHONPATH of a run's processes: they die, or wait, at chosen moments of the product's own functions.
 
-`DEATHS` names a folder: readers, detectors and writers kill themselves with SIGKILL at moments drawn from
-`SEED`, once for each shard, part or (three times a run) block; a file there for each death.
-`HOLD` is "images:8" or the like: the first writer of this node waits 8 s before it writes that file of its
-part; "taken:8" waits after the images part. `HELD` names the folder that says so.
+`DEATHS` names a folder: processes kill themselves with SIGKILL at moments drawn from `SEED`, readers once
+for each shard, detectors three times a run, while they detect or publish; a file there for each death.
+`HOLD` is "images:8" or the like: the first part of this node waits 8 s before that file of it is written;
+"taken:8" waits after the images part. `HELD` names the folder that says so.
 """
 
 import functools
@@ -21,8 +21,8 @@ SEED = os.environ.get("SHARDSHOT_TEST_SEED", "0")
 HOLD = os.environ.get("SHARDSHOT_TEST_HOLD", "")
 HELD = os.environ.get("SHARDSHOT_TEST_HELD", "")
 
-WRITER_MOMENTS = ("before-detections", "after-detections", "before-images", "after-images")
-DETECTOR_DEATHS = 3  # as often as Ray retries a task
+PART_MOMENTS = ("before-detections", "after-detections", "before-images", "after-images")
+DETECTOR_DEATHS = 3  # as often as Ray starts a detector again
 
 
 def die_once(moment, key):
@@ -34,18 +34,25 @@ def die_once(moment, key):
     os.kill(os.getpid(), signal.SIGKILL)
 
 
+def die_once_if_restarted(moment, key):
+    """Kill this detector, unless one died for `key` before or Ray wouldn't start it again."""
+    deaths = [path for path in Path(DEATHS).iterdir() if not path.name.startswith("reader@")]
+    if len(deaths) < DETECTOR_DEATHS:
+        die_once(moment, key)
+
+
 def draw(key):
     return random.Random(f"{SEED} {key}")
 
 
 def part_moment(moment, uri):
-    """A writer is before or after one of its two files."""
+    """A detector's process is before or after one of the two files of a part."""
     name = uri.rpartition("/")[2]
     if not name.startswith("part-") or ".c" in name:
         return
     task = "-".join(name.removesuffix(".parquet").split("-")[:3])  # without the detections part's nonce
-    if DEATHS and draw(task).choice(WRITER_MOMENTS) == moment:
-        die_once(moment, task)
+    if DEATHS and draw(task).choice(PART_MOMENTS) == moment:
+        die_once_if_restarted(moment, task)
     if HOLD:
         where, _, seconds = HOLD.partition(":")
         if moment == {"taken": "after-images"}.get(where, f"before-{where}"):
@@ -116,14 +123,12 @@ def hook_fakes(module):
 
     def call(self, block):
         key = block["image_id"][0].as_py()
-        doomed = DEATHS and draw(key).random() < 0.3
-        doomed = doomed and len(list(Path(DEATHS).glob("detector@*"))) < DETECTOR_DEATHS
-        before = draw(key).random() < 0.15
-        if doomed and before:
-            die_once("detector", key)
+        chance = draw(key).random()
+        if DEATHS and chance < 0.1:
+            die_once_if_restarted("detector", key)
         result = function(self, block)
-        if doomed and not before:
-            die_once("detector", key)
+        if DEATHS and 0.1 <= chance < 0.2:
+            die_once_if_restarted("detector", key)
         return result
 
     module.FakeDetector.__call__ = call
