@@ -25,7 +25,9 @@ from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
+import torch
 from PIL import Image
+from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 
 from pipeline import runtime
 from pipeline.config import InferConfig
@@ -37,6 +39,9 @@ from pipeline.inference.run import infer
 WORKERS = 2
 BATCH = 64
 SIZE = 300
+# A process that is forked from a driver of Ray has its connections, too: after some of them Ray (2.60) freed
+# no blocks any more in one run of two, filled its object store and wrote blocks to disk, at half the speed.
+NEW_PROCESSES = "spawn"
 
 
 def make_shards(
@@ -99,28 +104,33 @@ def pipeline_rate(
     return _steady(sorted((float(moment), int(count)) for moment, count in lines))
 
 
+class Images(IterableDataset[torch.Tensor]):
+    """What `resized` yields, each worker its share of the shards."""
+
+    def __init__(self, source: str) -> None:
+        self.source = source
+
+    def __iter__(self) -> Iterator[torch.Tensor]:
+        info = get_worker_info()
+        shards = list_shards(self.source)[info.id :: info.num_workers] if info else []
+        return (torch.from_numpy(pixels) for pixels in resized(shards))
+
+
 def loader_rate(source: str, *, workers: int = WORKERS) -> float:
     """A DataLoader of `workers` processes, batches of uint8 tensors."""
-    import torch
-    from torch.utils.data import DataLoader, IterableDataset, get_worker_info
-
-    class Images(IterableDataset):
-        def __iter__(self) -> Iterator[torch.Tensor]:
-            info = get_worker_info()
-            shards = list_shards(source)[info.id :: info.num_workers] if info else []
-            return (torch.from_numpy(pixels) for pixels in resized(shards))
-
-    loader = DataLoader(Images(), batch_size=BATCH, num_workers=workers, multiprocessing_context="fork")
+    loader = DataLoader(
+        Images(source), batch_size=BATCH, num_workers=workers, multiprocessing_context=NEW_PROCESSES
+    )
     arrivals = [(time.perf_counter(), len(batch)) for batch in loader]
     return _steady(arrivals)
 
 
 def plain_rate(source: str, *, workers: int = WORKERS) -> float:
     """`workers` processes that read, decode and resize, and keep nothing."""
-    fork = multiprocessing.get_context("fork")
-    queue = fork.Queue()
+    spawn = multiprocessing.get_context(NEW_PROCESSES)
+    queue = spawn.Queue()
     shards = list_shards(source)
-    processes = [fork.Process(target=_plain, args=(shards[n::workers], queue)) for n in range(workers)]
+    processes = [spawn.Process(target=_plain, args=(shards[n::workers], queue)) for n in range(workers)]
     for process in processes:
         process.start()
     arrivals = sorted(itertools.chain.from_iterable(queue.get() for _ in processes))
