@@ -26,8 +26,8 @@ WORKER_ENVIRONMENT = {
     "RAY_DATA_LOG_LEVEL": "ERROR",
 }
 
-# Where there are more processes than cores, Ray ends one that was idle for a second, and starts another for the
-# next task: 3 s of processor time each.
+# Where there are more processes than cores, Ray ends one that was idle for a second, and starts another for
+# the next task: 3 s of processor time each.
 IDLE_WORKER_MS = 60_000
 
 # Ray's own processes have 0 and its workers 15, a thirtieth of the weight: where any other process wants a
