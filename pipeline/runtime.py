@@ -107,6 +107,8 @@ def configure_data(*, block_bytes: int) -> DataContext:
     context.max_errored_blocks = 0  # a failed block is an error: it never vanishes
     context.raise_original_map_exception = True  # a wrapped one is pickled without its cause
     context.custom_execution_callback_classes = [ForgetBlocks]
+    # An actor is full with as many blocks as it has threads: Ray Data's 1.75 would never start another one.
+    context.autoscaling_config.actor_pool_util_upscaling_threshold = 1.0
     context.print_on_execution_start = False
     # What it logs as an error it raises, too, and a reader that dies is run again.
     logging.getLogger("ray.data").setLevel(logging.CRITICAL)

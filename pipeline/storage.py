@@ -383,12 +383,21 @@ def delete_unfinished(uri: str) -> None:
 # ---- retries -----------------------------------------------------------------------------------------
 
 _retries = 0
+_taken_retries = 0
 _retries_lock = threading.Lock()
 
 
 def num_retries() -> int:
     """Calls repeated in this process so far."""
     return _retries
+
+
+def take_retries() -> int:
+    """Those that nobody has taken yet: each is counted once, whichever thread asks."""
+    global _taken_retries
+    with _retries_lock:
+        new, _taken_retries = _retries - _taken_retries, _retries
+    return new
 
 
 def is_transient(error: BaseException) -> bool:

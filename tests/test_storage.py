@@ -4,6 +4,7 @@ import errno
 import os
 import resource
 import threading
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import pytest
@@ -206,6 +207,19 @@ def test_transient_errors_are_tried_again_and_counted(error, quick):
     before = storage.num_retries()
     assert storage._retry("reading x", Flaky(error, error)) == "answer"
     assert storage.num_retries() == before + 2
+
+
+def test_each_retry_is_taken_once_by_whichever_thread_asks(quick):
+    storage.take_retries()
+
+    def work(_):
+        storage._retry("reading x", Flaky(ConnectionResetError("reset")))
+        return storage.take_retries()
+
+    with ThreadPoolExecutor(8) as pool:
+        taken = sum(pool.map(work, range(40)))
+    assert taken == 40
+    assert storage.take_retries() == 0
 
 
 @pytest.mark.parametrize(

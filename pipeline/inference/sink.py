@@ -70,13 +70,13 @@ def write_part(block: pa.Table, *, target: Target, monitor: Any) -> pa.Table:
         return written
     images, boxes = to_tables(block, target.class_names)
     name = f"part-{target.run}-{_block_name()}.parquet"
-    start, retries = time.perf_counter(), storage.num_retries()
+    start = time.perf_counter()
     commit(target.output, name, images, boxes, target.metadata, lock=target.lock)
     counts = count(block, boxes)
     counts = replace(
         counts,
         write_s=time.perf_counter() - start,
-        num_retries=counts.num_retries + storage.num_retries() - retries,
+        num_retries=counts.num_retries + storage.take_retries(),
     )
     if ray.get(monitor.add.remote(name, counts)):
         raise BudgetError("too many images failed")

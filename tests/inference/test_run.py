@@ -5,6 +5,7 @@ import io
 import json
 import os
 import signal
+import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -130,6 +131,18 @@ def test_a_detector_on_a_gpu_gets_blocks_as_they_are():
     detecting: Any = chain._logical_plan.dag
     assert detecting.ray_remote_args["num_gpus"] == 1
     assert detecting.batch_size is None
+
+
+def test_more_detectors_start_where_the_first_is_full(folders, seen):
+    class SlowDetector(seen.detector):
+        def __call__(self, block):
+            time.sleep(0.5)
+            return super().__call__(block)
+
+    source, target = folders
+    make_tar_shard(source / "a.tar", 2_000)
+    run(source, target, SlowDetector, min_detectors=1, max_detectors=2)
+    assert len(list(seen.folder.iterdir())) == 2  # a file for each process
 
 
 def test_a_second_run_infers_nothing_and_a_new_shard_only_itself(folders, seen):
