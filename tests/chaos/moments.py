@@ -52,7 +52,7 @@ def main() -> int:
         undisturbed = Setting(str(folder / "in"), str(folder / "whole"))
         finish(undisturbed)
         whole = tables(undisturbed)
-        for seed in range(args.first, args.first + 3 * args.kills):
+        for seed in range(args.first, args.first + 10 * args.kills):
             start = time.monotonic()
             try:
                 kills = deadly_run(str(folder / "in"), folder, seed, whole)
