@@ -393,7 +393,7 @@ def num_retries() -> int:
 
 
 def take_retries() -> int:
-    """Those that nobody has taken yet: each is counted once, whichever thread asks."""
+    """Calls repeated that nobody has taken yet: each is counted once, whichever thread asks."""
     global _taken_retries
     with _retries_lock:
         new, _taken_retries = _retries - _taken_retries, _retries
