@@ -26,12 +26,12 @@ from pipeline.model import checkpoint
 from pipeline.model.spec import ModelSpec
 from pipeline.results.parts import Part
 
-# A Ray task reads some shards, one after the other, and opens the next one meanwhile. Between two tasks a
-# core is idle (Ray Data notices an end tenths of a second late, then the first shard is fetched): few large
-# ones are best, but enough of them that no core works alone at the end. A task for each of 20,000 shards took
-# 33 s to plan, some thousand tasks for 100,000 shards 6 s.
+# A Ray task reads some shards, one after the other, and opens the next one meanwhile; nobody opens the first
+# one of a task ahead. So tasks are large, and smaller towards the end, where a core would work alone: each
+# takes its share of what is left. A task for each of 20,000 shards took 33 s to plan, some thousand tasks
+# for 100,000 shards 6 s.
 TASK_BYTES = 512_000_000
-MIN_TASKS_PER_CORE = 8
+SHARES_PER_CORE = 4
 MAX_TASKS = 2_000
 MIN_IMAGES_PER_TASK = 128  # loose image files, a shard each
 GUESSED_SHARD_IMAGES = 64  # for --limit
@@ -364,32 +364,30 @@ def save_shards(plan: Plan) -> None:
 
 
 def group_tasks(work: Sequence[Work], *, num_cores: int) -> list[list[Work]]:
-    """Split the work into Ray tasks: some for each core, `MAX_TASKS` at most, enough loose images in each."""
+    """Split the work into Ray tasks, the last ones small: `MAX_TASKS` of shards and of images at most."""
     loose = [item for item in work if item.shard.kind == "image"]
     packed = [item for item in work if item.shard.kind != "image"]
-    num_tasks = MIN_TASKS_PER_CORE * max(num_cores, 1)
-    num_bytes = sum(item.shard.num_bytes for item in packed)
+    size = max(MIN_IMAGES_PER_TASK, -(-len(loose) // MAX_TASKS))
     return [
-        *_tasks(
-            packed,
-            least=-(-len(packed) // MAX_TASKS),
-            most=len(packed) // num_tasks,
-            num_bytes=min(TASK_BYTES, num_bytes // num_tasks),
-        ),
-        *_tasks(loose, least=max(MIN_IMAGES_PER_TASK, -(-len(loose) // MAX_TASKS)), most=0, num_bytes=0),
+        *_shares(packed, SHARES_PER_CORE * max(num_cores, 1)),
+        *(loose[start : start + size] for start in range(0, len(loose), size)),
     ]
 
 
-def _tasks(items: Sequence[Work], *, least: int, most: int, num_bytes: int) -> Iterator[list[Work]]:
-    """`items` in order: at least `least` in a task, and then up to `most` of about `num_bytes` together."""
-    task: list[Work] = []
-    held = 0
-    for item in items:
-        too_large = held + item.shard.num_bytes / 2 > num_bytes  # half: shards of nearly one size stay even
-        if len(task) >= max(most, least) or (len(task) >= least and too_large):
-            yield task
-            task, held = [], 0
-        task.append(item)
-        held += item.shard.num_bytes
-    if task:
-        yield task
+def _shares(items: Sequence[Work], num_shares: int) -> Iterator[list[Work]]:
+    """`items` in order, in each task so many of those left, by count and by bytes, within the limits."""
+    least = -(-len(items) // MAX_TASKS)
+    left_bytes = sum(item.shard.num_bytes for item in items)
+    start = 0
+    while start < len(items):
+        most = max(least, (len(items) - start) // num_shares)
+        room = min(TASK_BYTES, left_bytes / num_shares)
+        end, held = start, 0
+        # Half: shards of nearly one size stay even.
+        while end < len(items) and (
+            end - start < least or (end - start < most and held + items[end].shard.num_bytes / 2 <= room)
+        ):
+            held += items[end].shard.num_bytes
+            end += 1
+        yield list(items[start:end])
+        start, left_bytes = end, left_bytes - held

@@ -14,7 +14,7 @@ from pipeline.inference.blocks import Work
 from pipeline.inference.lock import Lock
 from pipeline.inference.plan import (
     MAX_TASKS,
-    MIN_TASKS_PER_CORE,
+    SHARES_PER_CORE,
     TASK_BYTES,
     check_clearable,
     check_output,
@@ -58,27 +58,36 @@ def test_every_shard_is_in_one_task_in_order(packed, loose, num_bytes, large, nu
     assert all(tasks)
     of_packed = [task for task in tasks if task[0].shard.kind == "tar"]
     assert len(of_packed) <= MAX_TASKS
-    assert len(of_packed) >= min(packed, MIN_TASKS_PER_CORE * num_cores, MAX_TASKS / 2)
+    assert len(of_packed) >= min(packed, SHARES_PER_CORE * num_cores, MAX_TASKS / 2)
 
 
-def test_small_shards_share_a_task_as_long_as_every_core_has_its_share():
-    small = shards(1_000, num_bytes=1_000_000)
-    assert {len(task) for task in group_tasks(small, num_cores=2)[:-1]} == {62}  # 1,000 / (8 * 2)
-    assert {len(task) for task in group_tasks(small, num_cores=100)} == {1}
-    large = shards(1_000, num_bytes=200_000_000)
-    assert {len(task) for task in group_tasks(large, num_cores=2)[:-1]} == {3}  # about 512 MB
+def num_shards(tasks: list[list[Work]]) -> list[int]:
+    return [len(task) for task in tasks]
 
 
-def test_shards_of_nearly_one_size_stay_even():
+def test_each_task_takes_its_share_of_the_shards_that_are_left():
+    small = shards(64, num_bytes=1_000_000)
+    sizes = num_shards(group_tasks(small, num_cores=2))
+    assert sizes[:7] == [8, 7, 6, 5, 4, 4, 3]  # 64 // 8, 56 // 8, 49 // 8, ...
+    assert sizes[-8:] == [1] * 8  # no core is long at work when the others have ended
+    assert set(num_shards(group_tasks(small, num_cores=100))) == {1}
+
+
+def test_a_task_has_about_512_mb_at_most():
+    assert num_shards(group_tasks(shards(1_000, num_bytes=200_000_000), num_cores=2))[:300] == [3] * 300
+
+
+def test_the_sizes_of_shards_of_nearly_one_size_only_fall():
     work = [item for n in range(64) for item in shards(1, num_bytes=22_000_000 + 10_000 * (n % 7))]
-    assert {len(task) for task in group_tasks(work, num_cores=2)} == {4}
+    sizes = num_shards(group_tasks(work, num_cores=2))
+    assert sizes == sorted(sizes, reverse=True)
 
 
 def test_a_few_large_shards_among_small_ones_have_a_task_each():
     work = shards(1_980, num_bytes=1_000_000) + shards(20, num_bytes=4_000_000_000)
-    tasks = group_tasks(work, num_cores=16)
-    assert [len(task) for task in tasks[-20:]] == [1] * 20
-    assert {len(task) for task in tasks[:-20]} == {15}  # 2,000 / (8 * 16)
+    sizes = num_shards(group_tasks(work, num_cores=16))
+    assert sizes[-20:] == [1] * 20
+    assert sizes[0] == 31  # 2,000 // (4 * 16)
 
 
 def test_loose_images_come_many_to_a_task():

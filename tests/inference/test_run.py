@@ -12,9 +12,11 @@ from typing import Any
 
 import numpy as np
 import pandas as pd
+import pyarrow as pa
 import pytest
 import ray
 
+from pipeline import runtime
 from pipeline.config import InferConfig
 from pipeline.errors import ConfigError, PipelineError
 from pipeline.inference import blocks
@@ -143,6 +145,39 @@ def test_more_detectors_start_where_the_first_is_full(folders, seen):
     make_tar_shard(source / "a.tar", 2_000)
     run(source, target, SlowDetector, min_detectors=1, max_detectors=2)
     assert len(list(seen.folder.iterdir())) == 2  # a file for each process
+
+
+@pytest.mark.usefixtures("ray_cluster")
+def test_a_waiting_reader_takes_a_free_core_while_the_driver_is_busy(tmp_path, monkeypatch):
+    """Three readers on two cores, and a driver that looks away until the third one has begun."""
+
+    def appear(pattern, count=1):
+        deadline = time.monotonic() + 30
+        while len(list(tmp_path.glob(pattern))) < count and time.monotonic() < deadline:
+            time.sleep(0.01)
+        return len(list(tmp_path.glob(pattern))) == count
+
+    def reader(number):
+        def read():
+            (tmp_path / f"began-{number}").touch()
+            appear("submitted")
+            yield pa.table({"number": [number]})
+
+        return read
+
+    def look_away(self, executor):
+        num_active = sum(operator.num_active_tasks() for operator in executor._topology)
+        if num_active == 3 and not began:
+            assert len(list(tmp_path.glob("began-*"))) <= 2  # the cores that there are
+            (tmp_path / "submitted").touch()
+            began.append(appear("began-*", count=3))
+
+    began = []
+    monkeypatch.setattr(runtime.ForgetBlocks, "on_execution_step", look_away)
+    runtime.configure_data(block_bytes=1_000, num_waiting=1)
+    dataset = runtime.read_tasks("Numbers", [reader(n) for n in range(3)], num_cpus=1, max_retries=0)
+    assert sorted(row["number"] for row in dataset.iter_rows()) == [0, 1, 2]
+    assert began == [True]
 
 
 def test_a_second_run_infers_nothing_and_a_new_shard_only_itself(folders, seen):
