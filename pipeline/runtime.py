@@ -11,7 +11,14 @@ from typing import Any
 
 import pyarrow as pa
 import ray
-from ray.data import DataContext, Dataset, Datasource, ExecutionResources, ReadTask
+from ray.data import (
+    DataContext,
+    Dataset,
+    Datasource,
+    ExecutionOptions,
+    ExecutionResources,
+    ReadTask,
+)
 from ray.data._internal.execution.execution_callback import ExecutionCallback
 from ray.data.block import BlockMetadata
 from ray.util.annotations import RayDeprecationWarning
@@ -93,14 +100,28 @@ def give_way() -> None:
     os.setpriority(os.PRIO_PROCESS, 0, max(niceness, 10 if niceness < 15 else 19))
 
 
-def configure_data(*, block_bytes: int, num_waiting: int = 0) -> DataContext:
+def num_waiting() -> int:
+    """How many tasks of one CPU wait at the nodes for a core: one for each 8 cores, at least one."""
+    return max(1, int(cluster_resource("CPU")) // 8)
+
+
+def let_wait(options: ExecutionOptions) -> None:
+    """Have Ray Data submit `num_waiting` tasks more than there are cores.
+
+    A task that waits starts 0.02 s after another one ends. Without, it takes Ray Data (2.60), which looks ten
+    times a second for what is done, 0.11 s. To it the cluster is larger; the nodes run no more than they can.
+    """
+    with warnings.catch_warnings():  # there is no other way to submit a task before a core is free
+        warnings.simplefilter("ignore", RayDeprecationWarning)
+        options.exclude_resources = ExecutionResources(cpu=-num_waiting())
+
+
+def configure_data(*, block_bytes: int) -> DataContext:
     """Ray Data's settings for this process.
 
     Args:
         block_bytes: size of a full block. Ray merges smaller blocks up to the target and cuts larger ones
             than 1.5 times the target, so 0.8 of a block passes each one on as it is.
-        num_waiting: tasks of one CPU that wait at the nodes for a core. One of them starts 0.02 s after
-            another task ends; Ray Data, which looks ten times a second, takes 0.11 s to start one.
     """
     context = DataContext.get_current()
     context.target_max_block_size = int(0.8 * block_bytes)
@@ -112,10 +133,7 @@ def configure_data(*, block_bytes: int, num_waiting: int = 0) -> DataContext:
     # An actor is full with as many blocks as it has threads: Ray Data's 1.75 would never start another one.
     context.autoscaling_config.actor_pool_util_upscaling_threshold = 1.0
     context.print_on_execution_start = False
-    # To Ray Data the cluster is larger by so many cores; its nodes run no more than they have.
-    with warnings.catch_warnings():  # 2.60 has no other way to submit a task before a core is free
-        warnings.simplefilter("ignore", RayDeprecationWarning)
-        context.execution_options.exclude_resources = ExecutionResources(cpu=-num_waiting)
+    let_wait(context.execution_options)
     # What it logs as an error it raises, too, and a reader that dies is run again.
     logging.getLogger("ray.data").setLevel(logging.CRITICAL)
     # A few images need fewer detectors than there may be: nothing to warn of.

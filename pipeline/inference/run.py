@@ -60,7 +60,6 @@ BLOCKS_AT_ONCE = {"cuda": 16, "cpu": 4}
 # that are short of the last reader (0.89 for 0.9), and half the cores stood idle.
 DETECTOR_CPUS = 0
 READER_CPUS = 1
-CORES_PER_WAITING = 8  # one reader waits for each so many that run, and at least one
 RETRIES = 3  # Ray's default is for ever, and so is a poison image
 
 
@@ -268,10 +267,7 @@ def run_passes(
         if not work:
             return
         tasks = group_tasks(work, num_cores=runtime.expected_cores())
-        runtime.configure_data(
-            block_bytes=settings.images_per_block * settings.image_bytes,
-            num_waiting=max(1, int(runtime.cluster_resource("CPU")) // CORES_PER_WAITING),
-        )
+        runtime.configure_data(block_bytes=settings.images_per_block * settings.image_bytes)
         target = Target(
             output=plan.output,
             run=f"{lock.ref.run}.{number}",

@@ -53,13 +53,14 @@ def batches(rows: Any, plan: Plan, *, first: int, pace: Any) -> Dataset:
         for rank in range(config.workers)
     ]
     rows_per_task = max(ROWS_PER_TASK, math.ceil(len(stretches) / MAX_DATA_TASKS))
-    num_cores = math.ceil(runtime.cluster_resource("CPU"))
+    num_tasks = math.ceil(runtime.cluster_resource("CPU")) + runtime.num_waiting()
     make = partial(
         make_rows,
         rows=rows,
         pace=pace,
-        # Those of the next rows, and enough for each core to be at work on a task of its own.
-        steps_ahead=steps_per_row * (2 + math.ceil(num_cores * rows_per_task / config.workers)),
+        # Those of the next rows, and enough for each core to be at work on a task of its own, and for those
+        # that wait to come before one whose process died.
+        steps_ahead=steps_per_row * (2 + math.ceil(num_tasks * rows_per_task / config.workers)),
         num_workers=config.workers,
         batch_size=config.batch_size,
         num_samples=plan.num_images,
@@ -102,8 +103,9 @@ def _fetched(rows: Any) -> pa.Table:
 
 
 def data_config() -> ray.train.DataConfig:
-    """Keep the order of the batches."""
+    """Keep the order of the batches; the next task waits for a core."""
     options = ExecutionOptions(preserve_order=True)
+    runtime.let_wait(options)
     return ray.train.DataConfig(execution_options=options, enable_shard_locality=False)
 
 

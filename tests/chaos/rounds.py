@@ -50,6 +50,7 @@ TARGETS = ("driver", *TITLES, "raylet", "s3")
 BUCKET = "bucket"
 OUTAGE_S = (0.5, 4.0)  # of the S3 server
 LATEST_S = 4.0  # from the start of the detectors to the kill
+LATEST_READER_S = 1.5  # readers are through with the input sooner
 
 
 def processes(roots: list[int], title: str) -> list[psutil.Process]:
@@ -168,7 +169,8 @@ def one_round(
     )
     with stage(setting, target, rng) as (setting, kill, pids):
         with running(setting) as run:
-            killed = kill_at_random(run, kill, [run.driver.pid, *pids], rng.uniform(0, LATEST_S))
+            latest = LATEST_READER_S if target == "reader" else LATEST_S
+            killed = kill_at_random(run, kill, [run.driver.pid, *pids], rng.uniform(0, latest))
             code = run.wait()
         starts = 1 if code == 0 else 1 + finish(setting)
         (check_close if real else check_same)(setting, whole)

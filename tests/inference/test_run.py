@@ -174,7 +174,7 @@ def test_a_waiting_reader_takes_a_free_core_while_the_driver_is_busy(tmp_path, m
 
     began = []
     monkeypatch.setattr(runtime.ForgetBlocks, "on_execution_step", look_away)
-    runtime.configure_data(block_bytes=1_000, num_waiting=1)
+    runtime.configure_data(block_bytes=1_000)
     dataset = runtime.read_tasks("Numbers", [reader(n) for n in range(3)], num_cpus=1, max_retries=0)
     assert sorted(row["number"] for row in dataset.iter_rows()) == [0, 1, 2]
     assert began == [True]
