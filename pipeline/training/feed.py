@@ -27,7 +27,7 @@ MAX_DATA_TASKS = 8_000  # planning takes about 1.5 ms for each
 MAX_RETRIES = 3
 DATA_CPUS = 0.9  # logical: data tasks share the cores with workers on the CPU
 # Ray Data (2.60) takes about 25 ms of CPU for each row, and between one task and the next a core was idle for
-# a quarter of a second. BCCD, 2 cores, parts of a DataLoader's images/s: 0.50 with a task for each batch of 8,
+# a quarter of a second. BCCD, 2 cores, parts of a DataLoader's rate: 0.50 with a task for each batch of 8,
 # 0.84 with one for each row of 64 images, 0.99 with one for 4 of them, 1.01 and 0.98 for 8; 1.04 for 8 since
 # the next task waits at its node (`runtime.let_wait`).
 IMAGES_PER_ROW = 64
