@@ -85,6 +85,15 @@ def cluster_resource(name: str) -> float:
     return ray.cluster_resources().get(name, 0.0)
 
 
+def where_cores_are() -> dict[str, str]:
+    """A label selector for actors that ask for no CPU: not on nodes without any, often the head.
+
+    Ray (2.60) puts an actor that asks for nothing on any node.
+    """
+    without = [node["NodeID"] for node in ray.nodes() if node["Alive"] and not node["Resources"].get("CPU")]
+    return {"ray.io/node-id": f"!in({','.join(without)})"} if without else {}
+
+
 def expected_cores() -> int:
     """Cores to make enough tasks for. A cluster that isn't this driver's may have few now and add nodes."""
     cores = int(cluster_resource("CPU"))

@@ -210,6 +210,7 @@ def detect_shards(
         ),
         num_cpus=DETECTOR_CPUS,
         num_gpus=1 if pool.device == "cuda" else 0,
+        label_selector=runtime.where_cores_are() if pool.device == "cpu" else {},
         max_restarts=RETRIES,
         max_task_retries=RETRIES,
     )
