@@ -23,6 +23,8 @@ from ray.data._internal.execution.execution_callback import ExecutionCallback
 from ray.data.block import BlockMetadata
 from ray.util.annotations import RayDeprecationWarning
 
+from pipeline.errors import PipelineError
+
 # glibc gives the large tensors of every forward pass back to the system and takes them again. With the first,
 # which is torch's, torchvision's ssdlite went from 13-18 to 24-30 images/s on two cores in a trial. The other
 # two are glibc's: it keeps the memory of a block of images (readers: 3.6 -> 1.7 s of system time in 20 s).
@@ -49,6 +51,9 @@ def start_ray(**settings: Any) -> None:
     """Connect to the cluster of `RAY_ADDRESS` (set inside `ray job submit`), else start a local one.
 
     The address is never left to chance: a plain `ray.init()` hangs on the stale address of a dead cluster.
+
+    Raises:
+        PipelineError: a local one doesn't start in time, as other work has the cores.
     """
     if ray.is_initialized():
         return
@@ -66,7 +71,15 @@ def start_ray(**settings: Any) -> None:
         os.environ.setdefault("RAY_worker_niceness", str(WORKER_NICENESS))
         where = {"address": "local", "include_dashboard": False}
     on_sigterm = signal.getsignal(signal.SIGTERM)
-    ray.init(logging_level=logging.ERROR, **where, **settings)
+    try:
+        ray.init(logging_level=logging.ERROR, **where, **settings)
+    except Exception as error:  # of no class of its own (2.60)
+        if "timed out during startup" not in str(error):
+            raise
+        raise PipelineError(
+            "Ray did not start in time: other programs have the cores of this machine. "
+            "Run the same command again when they have ended"
+        ) from error
     if on_sigterm is not None and threading.current_thread() is threading.main_thread():
         signal.signal(signal.SIGTERM, on_sigterm)  # Ray's prints a C++ stack and aborts
 
