@@ -201,8 +201,10 @@ class TrainConfig:
     """Weights to begin with: what jobs/infer.py --weights takes, a file of VGG16 layers (torchvision's with
     its classifier, or vgg16_reducedfc), or none for random ones. auto: the bundled weights, for the network
     that has them."""
-    priors: Literal["coco", "voc"] = "coco"
-    """Default boxes, where --init doesn't bring them: coco has smaller ones than voc. SSDLite: coco alone."""
+    priors: Literal["auto", "coco", "voc", "fitted"] = "auto"
+    """Default boxes. coco (smaller ones) and voc: where --init doesn't bring its own; SSDLite: coco alone.
+    fitted: these or its own, moved to the sizes of the objects in --train. auto: fitted for MobileNetV2 with
+    trained weights, else coco."""
     epochs: int = 0
     """Times that every image is seen, unless --max-minutes ends the run before. 0: 48, or 12 with less than
     15 minutes, and more of a set so small that it would be under 300 steps."""
@@ -250,6 +252,9 @@ class TrainConfig:
     """Learn objects marked as difficult (VOC), as the paper does."""
     empty_images: bool = True
     """Learn from images without objects. Softmax models take nothing from them without --hard-negatives."""
+    balance: Literal["auto", "matches", "objects"] = "auto"
+    """What weighs the same in the loss: each match of a default box (the paper), so that objects with many
+    weigh more, or each object. auto: objects for MobileNetV2 with trained weights, else matches."""
     hard_negatives: int = 0
     """Softmax models: default boxes of an image without objects that learn to say background. Plain 3:1
     mining takes none; 3 is a good value for a set with many such images."""

@@ -15,6 +15,8 @@ from pipeline import boxes
 
 Clip = Literal["none", "corners", "wh", "cxcywh"]
 
+_LEAST_OBJECTS = 10  # fewer tell no size
+
 
 @dataclass(frozen=True)
 class PriorMap:
@@ -99,6 +101,37 @@ def cell_sizes(
         long, short = size * math.sqrt(ratio), size / math.sqrt(ratio)
         sizes_wh += [(long, short), (short, long)]
     return tuple(sizes_wh)
+
+
+def fit_priors(priors: PriorSet, sizes_G2: Tensor, labels_G: Tensor) -> PriorSet:
+    """Default boxes in the shapes of a data set's objects: one round of k-means that begins with `priors`.
+
+    As the dimension clusters of YOLO9000 (arXiv 1612.08242, section 2), an object belongs to the default box
+    with the highest IoU of the two around one centre. The mean of its objects becomes the new size, where
+    each class counts as much as any other; a default box with fewer than 10 objects stays.
+
+    Args:
+        priors: where to begin; cells, steps and the number of boxes stay.
+        sizes_G2: width and height of the objects, in fractions of their image.
+        labels_G: their classes, int64.
+    """
+    sizes_G2 = sizes_G2.to(torch.float64)
+    shapes_B2 = torch.tensor([size for one in priors.maps for size in one.sizes_wh], dtype=torch.float64)
+    nearest_G = boxes.iou(_around_origin(sizes_G2), _around_origin(shapes_B2)).argmax(dim=1)
+    weights_G = 1 / torch.bincount(labels_G)[labels_G].to(torch.float64)
+    fitted = shapes_B2.tolist()
+    for index in range(len(fitted)):
+        own = nearest_G == index
+        if own.sum() >= _LEAST_OBJECTS:
+            mean_2 = (weights_G[own, None] * sizes_G2[own]).sum(dim=0) / weights_G[own].sum()
+            fitted[index] = mean_2.tolist()
+    sizes = iter(fitted)
+    maps = [replace(one, sizes_wh=tuple(tuple(next(sizes)) for _ in one.sizes_wh)) for one in priors.maps]
+    return replace(priors, name="fitted", maps=tuple(maps))
+
+
+def _around_origin(sizes_N2: Tensor) -> Tensor:
+    return boxes.to_corners(torch.cat([torch.zeros_like(sizes_N2), sizes_N2], dim=1))
 
 
 def caffe_priors(

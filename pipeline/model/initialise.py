@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from pipeline.errors import CheckpointError, ConfigError
+from pipeline.model.anchors import PriorSet
 from pipeline.model.backbones import VGG16
 from pipeline.model.ssd import SSD
 
@@ -131,6 +132,26 @@ def replace_classes(
     new = SSD(spec if same else dataclasses.replace(spec, score_function="softmax")).train(model.training)
     drawn = {} if same else _draw_classes(new, generator)
     new.load_state_dict(model.state_dict() | drawn)
+    return new
+
+
+def replace_priors(model: SSD, priors: PriorSet) -> SSD:
+    """A model with other default boxes, as many in each cell, that predicts the same boxes from them.
+
+    Deltas of centres are in units of the default box, and those of sizes are logarithms: the last layer of
+    each box head is multiplied and moved. (Equal where `priors.clip` changes nothing.)
+    """
+    new = SSD(dataclasses.replace(model.spec, priors=priors)).train(model.training)
+    new.load_state_dict(model.state_dict())
+    for index, (before, after) in enumerate(zip(model.spec.priors.maps, priors.maps, strict=True)):
+        *_, last = _convolutions(new.get_submodule(f"heads.{index}.boxes"))
+        assert last.bias is not None
+        ratio_B2 = torch.tensor(before.sizes_wh) / torch.tensor(after.sizes_wh)
+        factor = torch.cat([ratio_B2, torch.ones_like(ratio_B2)], dim=1).flatten()
+        shift_B2 = model.spec.coder_weights[1] * ratio_B2.log()
+        with torch.no_grad():
+            last.weight.mul_(factor[:, None, None, None])
+            last.bias.mul_(factor).add_(torch.cat([torch.zeros_like(shift_B2), shift_B2], dim=1).flatten())
     return new
 
 

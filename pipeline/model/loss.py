@@ -34,6 +34,7 @@ def multibox_loss(
     priors_cxcywh: Tensor,
     *,
     num_positives: Tensor | float | None = None,
+    weights_NA: Tensor | None = None,
     background_index: int = 0,
     coder_weights: tuple[float, float] = (10.0, 5.0),
     negatives_per_positive: int = 3,
@@ -53,6 +54,7 @@ def multibox_loss(
         priors_cxcywh: default boxes [A, 4].
         num_positives: what to divide by where a batch is split over workers or micro-batches: the matches of
             all parts. The matches of this part by default; never less than 1.
+        weights_NA: what each matched default box weighs, 1 by default (the paper); others are not looked at.
         background_index: logit column of the background.
         coder_weights: as in `boxes.encode`.
         negatives_per_positive: mined default boxes per matched one.
@@ -69,8 +71,10 @@ def multibox_loss(
         )
         columns_NA = _columns(targets, matched_NA, background_index=background_index)
         chosen_NA = positive_NA | negative_NA
-        class_loss = F.cross_entropy(logits_NAC[chosen_NA].float(), columns_NA[chosen_NA], reduction="sum")
-        box_loss = _box_loss(deltas_NA4, targets, matched_NA, priors_cxcywh, coder_weights)
+        losses_P = F.cross_entropy(logits_NAC[chosen_NA].float(), columns_NA[chosen_NA], reduction="none")
+        weights_NA = _weights(positive_NA, weights_NA)
+        class_loss = (losses_P * weights_NA[chosen_NA]).sum()
+        box_loss = _box_loss(deltas_NA4, targets, matched_NA, priors_cxcywh, coder_weights, weights_NA)
         divisor = _divisor(positive_NA, num_positives)
         return Losses(boxes=box_loss / divisor, classes=class_loss / divisor)
 
@@ -83,6 +87,7 @@ def focal_loss(
     priors_cxcywh: Tensor,
     *,
     num_positives: Tensor | float | None = None,
+    weights_NA: Tensor | None = None,
     background_index: int = 0,
     coder_weights: tuple[float, float] = (10.0, 5.0),
     alpha: float = 0.25,
@@ -101,8 +106,9 @@ def focal_loss(
         wanted_NAC = F.one_hot(columns_NA, logits_NAC.shape[2]).float()
         is_class_C = torch.arange(logits_NAC.shape[2], device=logits_NAC.device) != background_index
         per_logit_NAC = sigmoid_focal_loss(logits_NAC.float(), wanted_NAC, alpha=alpha, gamma=gamma)
-        class_loss = per_logit_NAC[..., is_class_C].sum()
-        box_loss = _box_loss(deltas_NA4, targets, matched_NA, priors_cxcywh, coder_weights)
+        weights_NA = _weights(positive_NA, weights_NA)
+        class_loss = (per_logit_NAC[..., is_class_C].sum(dim=2) * weights_NA).sum()
+        box_loss = _box_loss(deltas_NA4, targets, matched_NA, priors_cxcywh, coder_weights, weights_NA)
         divisor = _divisor(positive_NA, num_positives)
         return Losses(boxes=box_loss / divisor, classes=class_loss / divisor)
 
@@ -149,12 +155,20 @@ def _box_loss(
     matched_NA: Tensor,
     priors_cxcywh: Tensor,
     coder_weights: tuple[float, float],
+    weights_NA: Tensor,
 ) -> Tensor:
     """Smooth L1 between the deltas of the matched default boxes and those of their objects, summed."""
     image, prior = (matched_NA >= 0).nonzero(as_tuple=True)
     boxes_P4 = boxes.to_centres(targets.boxes[image, matched_NA[image, prior]])
     wanted_P4 = boxes.encode(boxes_P4, priors_cxcywh[prior], weights=coder_weights)
-    return F.smooth_l1_loss(deltas_NA4[image, prior].float(), wanted_P4, reduction="sum")
+    losses_P4 = F.smooth_l1_loss(deltas_NA4[image, prior].float(), wanted_P4, reduction="none")
+    return (losses_P4 * weights_NA[image, prior, None]).sum()
+
+
+def _weights(positive_NA: Tensor, weights_NA: Tensor | None) -> Tensor:
+    """What default boxes weigh: unmatched ones 1."""
+    ones_NA = torch.ones_like(positive_NA, dtype=torch.float32)
+    return ones_NA if weights_NA is None else torch.where(positive_NA, weights_NA, ones_NA)
 
 
 def _divisor(positive_NA: Tensor, num_positives: Tensor | float | None) -> Tensor:

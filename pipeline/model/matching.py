@@ -97,6 +97,19 @@ def match_ious(ious_NGA: Tensor, *, iou_threshold: float = 0.5) -> Tensor:
     return matched_NA
 
 
+def shares(matched_NA: Tensor, *, num_objects: int) -> Tensor:
+    """1 / the number of default boxes that learn the same object, float32 [N, A]; 0 for background.
+
+    Args:
+        matched_NA: from `match`.
+        num_objects: of an image, padding included.
+    """
+    positive_NA = (matched_NA >= 0).float()
+    object_NA = matched_NA.clamp(min=0)
+    counts_NG = positive_NA.new_zeros(len(matched_NA), num_objects).scatter_add_(1, object_NA, positive_NA)
+    return positive_NA / counts_NG.clamp(min=1).gather(1, object_NA)
+
+
 def _pair_greedily(ious_NGA: Tensor) -> Tensor:
     """The default box of each object, int64 [N, G]; -1 for none.
 

@@ -16,7 +16,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from pipeline.errors import PipelineError
 from pipeline.model.loss import Losses, focal_loss, multibox_loss
-from pipeline.model.matching import Targets, match, pad_targets
+from pipeline.model.matching import Targets, match, pad_targets, shares
 from pipeline.model.ssd import SSD
 from pipeline.training.optimise import (
     AveragedWeights,
@@ -100,11 +100,12 @@ class Learner:
         """
         parts = [(part, *self._match(part)) for part in batch.split(self.recipe.micro_batches)]
         num_positives = self._sum(sum((matched >= 0).sum() for _, _, matched in parts))
+        weights = self._weights([(targets, matched) for _, targets, matched in parts], num_positives)
         sums = torch.zeros(2, device=self.device)
         for i, (part, targets, matched) in enumerate(parts):
             last = i == len(parts) - 1
             with contextlib.nullcontext() if last else self._no_sync():
-                losses = self._losses(part, targets, matched, num_positives)
+                losses = self._losses(part, targets, matched, num_positives, weights[i])
                 with warnings.catch_warnings():
                     # Weights of 1x1 kernels are channels_last and contiguous at once; DDP notes that the
                     # strides of their gradients are written the other way and copies them.
@@ -157,7 +158,22 @@ class Learner:
         ).to(self.device)
         return targets, match(targets, self.model.priors_cxcywh)
 
-    def _losses(self, batch: Batch, targets: Targets, matched_NA: Tensor, num_positives: Tensor) -> Losses:
+    def _weights(self, parts: Sequence[tuple[Targets, Tensor]], num_positives: Tensor) -> list[Tensor | None]:
+        """What matched default boxes weigh in each micro-batch, 1 on average over the global batch."""
+        if self.recipe.balance == "matches":
+            return [None] * len(parts)
+        of_parts = [shares(matched, num_objects=targets.labels.shape[1]) for targets, matched in parts]
+        num_objects = self._sum(sum(share.sum() for share in of_parts))
+        return [share * (num_positives / num_objects.clamp(min=1)) for share in of_parts]
+
+    def _losses(
+        self,
+        batch: Batch,
+        targets: Targets,
+        matched_NA: Tensor,
+        num_positives: Tensor,
+        weights_NA: Tensor | None,
+    ) -> Losses:
         images_NHW3 = torch.from_numpy(batch.images_NHW3)
         if self.device.type == "cuda":
             images_NHW3 = images_NHW3.pin_memory().to(self.device, non_blocking=True)
@@ -166,7 +182,11 @@ class Learner:
         with torch.autocast(self.device.type, dtype=torch.bfloat16, enabled=lower):
             deltas_NA4, logits_NAC = self._forward(images_N3HW)
         spec = self.model.spec
-        shared = {"num_positives": num_positives, "coder_weights": spec.coder_weights}
+        shared: dict[str, Any] = {
+            "num_positives": num_positives,
+            "weights_NA": weights_NA,
+            "coder_weights": spec.coder_weights,
+        }
         if spec.score_function == "sigmoid":
             return focal_loss(deltas_NA4, logits_NAC, targets, matched_NA, self.model.priors_cxcywh, **shared)
         return multibox_loss(

@@ -29,6 +29,8 @@ class Recipe:
         warmup: share of the run in which the rate rises from 0.
         ema_decay: highest decay of the averaged weights; 0 for none.
         clip_norm: longest gradient; 0 for no limit.
+        balance: what weighs the same in the loss: "matches" (the paper), all matched default boxes; or
+            "objects", each one of an object less the more of them it has.
         negatives_per_positive: mined default boxes (softmax models).
         negatives_without_positives: mined default boxes of an image without objects (softmax models).
         precision: of the forward pass; the loss and L2Norm are always float32.
@@ -44,6 +46,7 @@ class Recipe:
     warmup: float = 0.03
     ema_decay: float = 0.9998
     clip_norm: float = 10.0
+    balance: Literal["matches", "objects"] = "matches"
     negatives_per_positive: int = 3
     negatives_without_positives: int = 0
     precision: Literal["float32", "bfloat16"] = "float32"

@@ -3,6 +3,7 @@
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
+from typing import Literal
 
 import numpy as np
 import pyarrow as pa
@@ -15,9 +16,10 @@ from torch import Tensor
 from pipeline.config import TrainConfig
 from pipeline.data.annotations import Classes, read_classes
 from pipeline.errors import ConfigError
+from pipeline.model.anchors import fit_priors
 from pipeline.model.architectures import find_architecture
 from pipeline.model.checkpoint import DEFAULT_WEIGHTS, load_checkpoint, read_spec, read_weights
-from pipeline.model.initialise import initialise, load_vgg16, replace_classes
+from pipeline.model.initialise import initialise, load_vgg16, replace_classes, replace_priors
 from pipeline.model.spec import ModelSpec
 from pipeline.model.ssd import SSD, build_model
 from pipeline.training.optimise import Recipe, freeze, learning_rate, stages
@@ -78,10 +80,15 @@ def usable_rows(table: pa.Table, config: TrainConfig) -> pa.Table:
 
 def objects_by_class(table: pa.Table, classes: Classes) -> dict[str, int]:
     """Annotated objects of each class; crowd regions don't count."""
-    crowd = table["crowd"].combine_chunks().flatten().to_numpy(zero_copy_only=False).astype(bool)
-    labels = table["labels"].combine_chunks().flatten().to_numpy()[~crowd]
-    counts = np.bincount(labels, minlength=len(classes.names) + 1)[1:]
+    crowd, labels = _of_objects(table)
+    counts = np.bincount(labels[~crowd], minlength=len(classes.names) + 1)[1:]
     return dict(zip(classes.names, counts.tolist(), strict=True))
+
+
+def _of_objects(table: pa.Table) -> tuple[np.ndarray, np.ndarray]:
+    """Whether each object is a crowd, and its label."""
+    crowd = table["crowd"].combine_chunks().flatten().to_numpy(zero_copy_only=False).astype(bool)
+    return crowd, table["labels"].combine_chunks().flatten().to_numpy()
 
 
 # ---- the model ---------------------------------------------------------------------------------------
@@ -96,7 +103,7 @@ def initial_model(config: TrainConfig, classes: Classes) -> SSD:
         CheckpointError: no such weights.
     """
     known = find_architecture(config.architecture).priors
-    if config.priors not in known:
+    if config.priors not in {"auto", "fitted", *known}:
         raise ConfigError(f"--priors {config.priors}: {config.architecture} has only {', '.join(known)}")
     generator = torch.Generator().manual_seed(config.seed)
     init = config.init
@@ -129,11 +136,35 @@ def initial_model(config: TrainConfig, classes: Classes) -> SSD:
     return model
 
 
+def with_fitted_priors(model: SSD, table: pa.Table, config: TrainConfig) -> SSD:
+    """The model with default boxes for the objects of the index, where `--priors` wants them so."""
+    if config.priors != "fitted" and not (config.priors == "auto" and _adapts(config)):
+        return model
+    boxes_G4 = table["boxes"].combine_chunks().flatten().to_numpy().reshape(-1, 4)
+    counts = pc.list_value_length(table["labels"]).to_numpy()  # type: ignore[attr-defined]
+    images_N2 = np.stack([table["width"].to_numpy(), table["height"].to_numpy()], axis=1)
+    sizes_G2 = (boxes_G4[:, 2:] - boxes_G4[:, :2]) / images_N2.repeat(counts, axis=0)
+    crowd, labels = _of_objects(table)
+    priors = fit_priors(
+        model.spec.priors, torch.from_numpy(sizes_G2[~crowd]), torch.from_numpy(labels[~crowd])
+    )
+    model = replace_priors(model, priors)
+    freeze(model, num_frozen(config))
+    return model
+
+
 def num_frozen(config: TrainConfig) -> int:
     """Stages of the backbone that are not trained."""
     if config.freeze >= 0:
         return config.freeze
     return MOBILENET_FROZEN if _adapts(config) else 0
+
+
+def balance(config: TrainConfig) -> Literal["matches", "objects"]:
+    """What weighs the same in the loss."""
+    if config.balance != "auto":
+        return config.balance
+    return "objects" if _adapts(config) else "matches"
 
 
 def _adapts(config: TrainConfig) -> bool:
@@ -142,7 +173,8 @@ def _adapts(config: TrainConfig) -> bool:
 
 
 def _new_model(config: TrainConfig, classes: Classes, generator: torch.Generator) -> SSD:
-    model = build_model(config.architecture, num_classes=len(classes.names) + 1, priors=config.priors)
+    priors = "voc" if config.priors == "voc" else "coco"
+    model = build_model(config.architecture, num_classes=len(classes.names) + 1, priors=priors)
     model.spec = replace(model.spec, class_names=classes.names, label_ids=classes.ids)
     initialise(model, generator=generator)
     return model
@@ -211,6 +243,7 @@ def make_recipe(config: TrainConfig, *, device: str) -> Recipe:
         warmup=config.warmup,
         ema_decay=config.ema,
         clip_norm=config.clip,
+        balance=balance(config),
         negatives_without_positives=config.hard_negatives,
         precision=precision,
         micro_batches=config.accumulate,
@@ -289,6 +322,8 @@ class Plan:
             "frozen stages": num_frozen(self.config),
             "resize rule": self.spec.resize_rule,
             "score function": self.spec.score_function,
+            "default boxes": self.spec.priors.name,
+            "balance": balance(self.config),
         }
 
     def text(self) -> str:
@@ -314,6 +349,7 @@ class Plan:
                 ),
                 f"{self.num_steps:,} steps of {config.batch_size} images = {self.num_epochs:,} epochs"
                 f"{budget}; {config.workers} workers on {self.device}, {config.validations} validations",
+                f"default boxes {spec.priors.name}; in the loss, {balance(config)} weigh the same",
                 f"{config.optimizer}, augmentation {augmentation}{flips}; learning rate by progress: {rates}",
             ]
         )

@@ -46,6 +46,7 @@ from pipeline.training.plan import (
     num_frozen,
     shard_classes,
     usable_rows,
+    with_fitted_priors,
 )
 from pipeline.training.samples import load_images
 from pipeline.training.session import Position, Schedule
@@ -150,6 +151,7 @@ def prepare(config: TrainConfig) -> Prepared:
         kept = None if config.overwrite else load_index(record(config, f"index-{name}.parquet"), digest)
         tables[name] = (read_index(some, classes) if kept is None else kept, digest)
     train_rows = usable_rows(tables["train"][0], config)
+    model = with_fitted_priors(model, train_rows, config)
     plan = make_plan(config, classes, model, device=device, train=train_rows, val=tables["val"][0])
     return Prepared(plan, model, tables)
 

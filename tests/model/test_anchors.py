@@ -8,7 +8,7 @@ from torchvision.models.detection.image_list import ImageList
 
 from pipeline import boxes
 from pipeline.model import anchors
-from pipeline.model.anchors import prior_boxes
+from pipeline.model.anchors import PriorMap, PriorSet, fit_priors, prior_boxes
 
 GRIDS_300, STEPS_300 = (38, 19, 10, 5, 3, 1), (8, 16, 32, 64, 100, 300)
 GRIDS_512, STEPS_512 = (64, 32, 16, 8, 4, 2, 1), (8, 16, 32, 64, 128, 256, 512)
@@ -200,3 +200,41 @@ def test_clip_of_centres():
     clipped = {clip: prior_boxes(anchors.PriorSet("one box", (grid,), clip))[0] for clip in ("wh", "cxcywh")}
     torch.testing.assert_close(clipped["wh"], torch.tensor([1.1, 1.1, 0.5, 0.4]))
     torch.testing.assert_close(clipped["cxcywh"], torch.tensor([1.0, 1.0, 0.5, 0.4]))
+
+
+def test_fitted_default_boxes_are_the_mean_sizes_of_their_objects_with_all_classes_alike():
+    priors = PriorSet(
+        "two maps", (PriorMap(4, 0.25, ((0.1, 0.1), (0.2, 0.1))), PriorMap(2, 0.5, ((0.5, 0.5),)))
+    )
+    small = [(0.08, 0.08)] * 30 + [(0.12, 0.1)] * 10  # classes 1 and 2
+    wide = [(0.3, 0.1)] * 9  # too few
+    large = [(0.6, 0.4), (0.6, 0.6)] * 5
+    sizes = torch.tensor(small + wide + large)
+    labels = torch.tensor([1] * 30 + [2] * 10 + [3] * 9 + [3] * 10)
+
+    fitted = fit_priors(priors, sizes, labels)
+
+    # A class counts as much as another one where all of it is: 1/30 for each of 30, 1/10 for each of 10.
+    assert fitted.maps[0].sizes_wh[0] == pytest.approx((0.10, 0.09))
+    assert fitted.maps[0].sizes_wh[1] == (0.2, 0.1)
+    assert fitted.maps[1].sizes_wh[0] == pytest.approx((0.6, 0.5))
+    assert [(one.grid, one.step) for one in fitted.maps] == [(4, 0.25), (2, 0.5)]
+    assert (fitted.name, fitted.num_priors) == ("fitted", priors.num_priors)
+
+
+def test_objects_that_no_default_box_fits_get_one_that_does():
+    # Platelets of BCCD, on 300x300.
+    sizes = torch.normal(
+        torch.tensor([20.0, 25.0]).expand(100, 2), 1.0, generator=torch.Generator().manual_seed(0)
+    )
+    sizes, labels = sizes / 300, torch.ones(100, dtype=torch.int64)
+
+    def best_ious(priors):
+        shapes = torch.tensor([size for one in priors.maps for size in one.sizes_wh])
+        both = [
+            boxes.to_corners(torch.cat([torch.zeros_like(some), some], dim=1)) for some in (sizes, shapes)
+        ]
+        return boxes.iou(*both).max(dim=1).values
+
+    assert best_ious(anchors.LITE_300).max() < 0.7
+    assert best_ious(fit_priors(anchors.LITE_300, sizes, labels)).min() > 0.75

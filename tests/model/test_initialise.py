@@ -7,6 +7,7 @@ import torch
 from torch import nn
 from torchvision.models.vgg import cfgs, make_layers
 
+from pipeline import boxes
 from pipeline.errors import CheckpointError, ConfigError
 from pipeline.model.backbones import VGG16
 from pipeline.model.initialise import (
@@ -14,6 +15,7 @@ from pipeline.model.initialise import (
     initialise,
     load_vgg16,
     replace_classes,
+    replace_priors,
     subsample_fc6,
     subsample_fc7,
 )
@@ -241,3 +243,28 @@ def test_the_same_classes_in_another_order_are_other_classes():
 
     assert 0 < conv_of(new, "heads.0.logits").weight.abs().max() < 0.1
     assert not torch.equal(conv_of(new, "heads.0.logits").weight, conv_of(model, "heads.0.logits").weight)
+
+
+@pytest.mark.parametrize("architecture", ["ssdlite300_mobilenet_v2", "ssd300_vgg16"])
+def test_other_default_boxes_predict_the_same_boxes(architecture):
+    model = build_model(architecture, num_classes=3).eval()
+    initialise(model, generator=make_generator())
+    sizes = torch.rand(model.spec.priors.num_priors, 2, generator=make_generator(1)) * 0.5 + 0.05
+    rows = iter(sizes.tolist())
+    maps = tuple(
+        dataclasses.replace(one, sizes_wh=tuple(tuple(next(rows)) for _ in one.sizes_wh))
+        for one in model.spec.priors.maps
+    )
+    new = replace_priors(model, dataclasses.replace(model.spec.priors, maps=maps))
+    image = torch.randn(1, 3, 300, 300, generator=make_generator(2))
+
+    with torch.no_grad():
+        (deltas, logits), (new_deltas, new_logits) = model(image), new(image)
+    assert not torch.allclose(deltas, new_deltas, atol=0.1)
+    torch.testing.assert_close(
+        boxes.decode(new_deltas[0], new.priors_cxcywh), boxes.decode(deltas[0], model.priors_cxcywh),
+        atol=1e-4, rtol=1e-4,
+    )  # fmt: skip
+    assert torch.equal(logits, new_logits)
+    assert new.spec.priors.maps == maps
+    assert not new.training

@@ -222,6 +222,28 @@ def test_parts_of_a_batch_divided_by_the_common_count_sum_to_the_whole():
     torch.testing.assert_close(sum(parts), whole.total)
 
 
+@pytest.mark.parametrize("loss", [multibox_loss, focal_loss])
+def test_a_weight_counts_for_box_and_class_of_a_match_and_nothing_else(loss):
+    targets, (deltas, logits) = make_batch(), make_outputs(3)
+    matched_NA = match(targets, PRIORS_A4)
+    positive_NA = matched_NA >= 0
+
+    def weighed(weights_NA):
+        return torch.tensor(
+            numbers(loss(deltas, logits, targets, matched_NA, PRIORS_A4, weights_NA=weights_NA))
+        )
+
+    plain = torch.tensor(numbers(loss(deltas, logits, targets, matched_NA, PRIORS_A4)))
+    torch.testing.assert_close(weighed(torch.where(positive_NA, 1.0, 77.0)), plain)
+    none = weighed(torch.zeros(positive_NA.shape))
+    assert none[0] == 0
+    # Linear in each weight: one match at a time adds up to all of them.
+    each = [weighed(torch.zeros(positive_NA.shape).index_put((n, a), torch.tensor(1.0))) - none
+            for n, a in zip(*positive_NA.nonzero(as_tuple=True), strict=True)]  # fmt: skip
+    assert all(part.min() > 0 for part in each)
+    torch.testing.assert_close(torch.stack(each).sum(dim=0) + none, plain)
+
+
 def test_focal_loss_is_the_formula_and_leaves_the_background_column_alone():
     targets, (deltas, logits) = make_batch(), make_outputs(3)
     matched_NA = match(targets, PRIORS_A4)

@@ -13,7 +13,7 @@ from torchvision.ops import box_iou
 from pipeline import boxes
 from pipeline.errors import ImageError
 from pipeline.model.anchors import COCO_300, VOC_300, prior_boxes
-from pipeline.model.matching import Targets, match, match_ious, pad_targets
+from pipeline.model.matching import Targets, match, match_ious, pad_targets, shares
 from tests import oracles
 from tests.conftest import shared
 
@@ -185,3 +185,9 @@ def test_a_label_that_the_model_does_not_have_is_refused_with_its_image_named(la
             num_classes=21,
             image_ids=["7.jpg"],
         )
+
+
+@given(st.lists(st.lists(st.integers(-1, 3), min_size=7, max_size=7), min_size=1, max_size=3))
+def test_the_default_boxes_of_an_object_share_one(matched):
+    expected = [[0.0 if index < 0 else 1 / row.count(index) for index in row] for row in matched]
+    torch.testing.assert_close(shares(torch.tensor(matched), num_objects=4), torch.tensor(expected))

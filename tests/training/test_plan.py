@@ -24,6 +24,7 @@ from pipeline.training.plan import (
     sample_settings,
     shard_classes,
     usable_rows,
+    with_fitted_priors,
 )
 from tests.training.makers import make_set, read_set, save_small_model
 
@@ -50,6 +51,42 @@ def test_bundled_weights_get_new_classes_and_keep_their_boxes(sets):
     for name in ("backbone.stem.conv.weight", "heads.0.boxes.project.weight"):
         assert torch.equal(model.state_dict()[name], bundled.state_dict()[name])
     assert not model.backbone.stem.conv.weight.requires_grad
+
+
+@pytest.mark.parametrize(
+    ("flags", "name", "weighed"),
+    [
+        ({}, "fitted", "objects"),
+        ({"priors": "coco"}, "coco", "objects"),
+        ({"balance": "matches"}, "fitted", "matches"),
+        ({"init": "none"}, "coco", "matches"),
+        ({"architecture": "ssd300_vgg16", "init": "none"}, "coco", "matches"),
+        ({"architecture": "ssd300_vgg16", "init": "none", "priors": "voc"}, "voc", "matches"),
+        ({"architecture": "ssd300_vgg16", "init": "none", "priors": "fitted"}, "fitted", "matches"),
+    ],
+)
+def test_weights_that_are_adapted_get_default_boxes_for_the_objects_and_weigh_objects(
+    sets, flags, name, weighed
+):
+    train, classes = read_set(make_set(sets / "more", 20))
+    wanted = config(sets, **flags)
+    before: Any = initial_model(wanted, classes)
+    model: Any = with_fitted_priors(before, train, wanted)
+    plan = make_plan(wanted, classes, model, device="cpu", train=train, val=train)
+    assert model.spec.priors.name == name
+    assert plan.decided()["balance"] == make_recipe(wanted, device="cpu").balance == weighed
+    assert f"default boxes {name}; in the loss, {weighed} weigh the same" in plan.text()
+    if name == "fitted":
+        # Discs and squares of 28 to 43 pixels in pictures of 160x128.
+        moved = {size for one in model.spec.priors.maps for size in one.sizes_wh} - {
+            size for one in before.spec.priors.maps for size in one.sizes_wh
+        }
+        assert moved
+        assert all(28 / 160 <= w <= 43 / 160 and 28 / 128 <= h <= 43 / 128 for w, h in moved)
+        trained = [[p.requires_grad for p in one.parameters()] for one in (before, model)]
+        assert trained[0] == trained[1]
+    else:
+        assert model is before
 
 
 def test_the_map_of_labels_goes_into_the_checkpoint(sets, tmp_path):
