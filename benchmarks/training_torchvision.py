@@ -40,7 +40,7 @@ from pipeline.model.ssd import SSD
 from pipeline.training.index import annotation, index_shards, training_shards
 from pipeline.training.loop import Learner
 from pipeline.training.order import picks
-from pipeline.training.plan import initial_model, make_recipe, sample_settings
+from pipeline.training.plan import initial_model, make_recipe, sample_settings, with_fitted_priors
 from pipeline.training.samples import fetch, load_batch, load_images
 from pipeline.training.validation import ground_truth, validate
 
@@ -149,7 +149,8 @@ def their_sample(data: bytes, row: dict, preset: v2.Compose) -> tuple[Tensor, di
 def ours(data: Tables, classes: Classes, seed: int, args: argparse.Namespace) -> dict[str, float]:
     config = train_config(seed, args, lr=args.lr, precision=args.precision)
     recipe = make_recipe(config, device=args.device)
-    learner = Learner(initial_model(config, classes), recipe, device=args.device)
+    model = with_fitted_priors(initial_model(config, classes), data["train"], config)
+    learner = Learner(model, recipe, device=args.device)
     epochs = args.images // len(data["train"])
     settings = sample_settings(config, learner.model.spec, num_epochs=epochs)
     num_steps, ingest_s, started = args.images // args.batch_size, 0.0, time.perf_counter()

@@ -32,14 +32,13 @@ from pipeline.training import board
 from pipeline.training.feed import make_rows
 from pipeline.training.index import index_shards, training_shards
 from pipeline.training.loop import Learner
-from pipeline.training.optimise import freeze
 from pipeline.training.order import picks
 from pipeline.training.plan import (
     initial_model,
     make_recipe,
-    num_frozen,
     sample_settings,
     shard_classes,
+    with_fitted_priors,
 )
 from pipeline.training.run import choose_device, dry_run, last_position, train
 from pipeline.training.samples import load_batch
@@ -230,10 +229,9 @@ def test_a_driver_that_is_killed_goes_on_with_the_same_command_on_s3(whole, fold
 def steps_without_ray(config, num_steps, *, order_seed=0):
     """What the plain loop makes of the whole global batches."""
     classes = shard_classes(config)
-    model = initial_model(config, classes)
-    freeze(model, num_frozen(config))
-    learner = Learner(model, make_recipe(config, device="cpu"))
     index = index_shards(training_shards(config.train, flag="--train"), classes)
+    model = with_fitted_priors(initial_model(config, classes), index, config)
+    learner = Learner(model, make_recipe(config, device="cpu"))
     settings = sample_settings(config, model.spec, num_epochs=config.epochs)
     sizes = {"batch_size": config.batch_size, "num_samples": len(index), "seed": order_seed}
     for step in range(num_steps):
