@@ -29,8 +29,8 @@ class Recipe:
         warmup: share of the run in which the rate rises from 0.
         ema_decay: highest decay of the averaged weights; 0 for none.
         clip_norm: longest gradient; 0 for no limit.
-        balance: what weighs the same in the loss: "matches" (the paper), all matched default boxes; or
-            "objects", each one of an object less the more of them it has.
+        balance: what weighs the same in the loss: "matches" of default boxes (the paper), or "objects",
+            however many default boxes match each.
         negatives_per_positive: mined default boxes (softmax models).
         negatives_without_positives: mined default boxes of an image without objects (softmax models).
         precision: of the forward pass; the loss and L2Norm are always float32.

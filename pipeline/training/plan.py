@@ -80,15 +80,15 @@ def usable_rows(table: pa.Table, config: TrainConfig) -> pa.Table:
 
 def objects_by_class(table: pa.Table, classes: Classes) -> dict[str, int]:
     """Annotated objects of each class; crowd regions don't count."""
-    crowd, labels = _of_objects(table)
-    counts = np.bincount(labels[~crowd], minlength=len(classes.names) + 1)[1:]
+    labels = _of_objects(table, "labels")[~_of_objects(table, "crowd")]
+    counts = np.bincount(labels, minlength=len(classes.names) + 1)[1:]
     return dict(zip(classes.names, counts.tolist(), strict=True))
 
 
-def _of_objects(table: pa.Table) -> tuple[np.ndarray, np.ndarray]:
-    """Whether each object is a crowd, and its label."""
-    crowd = table["crowd"].combine_chunks().flatten().to_numpy(zero_copy_only=False).astype(bool)
-    return crowd, table["labels"].combine_chunks().flatten().to_numpy()
+def _of_objects(table: pa.Table, column: str) -> np.ndarray:
+    """The values of a list column of the index, those of all images in one array."""
+    values = table[column].combine_chunks().flatten().to_numpy(zero_copy_only=False)
+    return values.astype(bool) if column in ("crowd", "difficult") else values
 
 
 # ---- the model ---------------------------------------------------------------------------------------
@@ -140,14 +140,13 @@ def with_fitted_priors(model: SSD, table: pa.Table, config: TrainConfig) -> SSD:
     """The model with default boxes for the objects of the index, where `--priors` wants them so."""
     if config.priors != "fitted" and not (config.priors == "auto" and _adapts(config)):
         return model
-    boxes_G4 = table["boxes"].combine_chunks().flatten().to_numpy().reshape(-1, 4)
+    boxes_G4 = _of_objects(table, "boxes").reshape(-1, 4)
     counts = pc.list_value_length(table["labels"]).to_numpy()  # type: ignore[attr-defined]
     images_N2 = np.stack([table["width"].to_numpy(), table["height"].to_numpy()], axis=1)
     sizes_G2 = (boxes_G4[:, 2:] - boxes_G4[:, :2]) / images_N2.repeat(counts, axis=0)
-    crowd, labels = _of_objects(table)
-    priors = fit_priors(
-        model.spec.priors, torch.from_numpy(sizes_G2[~crowd]), torch.from_numpy(labels[~crowd])
-    )
+    learnt = ~_of_objects(table, "crowd") & (config.difficult | ~_of_objects(table, "difficult"))
+    labels_G = _of_objects(table, "labels")[learnt]
+    priors = fit_priors(model.spec.priors, torch.from_numpy(sizes_G2[learnt]), torch.from_numpy(labels_G))
     model = replace_priors(model, priors)
     freeze(model, num_frozen(config))
     return model

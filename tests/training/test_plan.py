@@ -5,6 +5,7 @@ import json
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
 import pytest
 import safetensors.torch
 import torch
@@ -87,6 +88,20 @@ def test_weights_that_are_adapted_get_default_boxes_for_the_objects_and_weigh_ob
         assert trained[0] == trained[1]
     else:
         assert model is before
+
+
+def test_default_boxes_are_fitted_to_the_objects_that_are_learnt(sets):
+    train, classes = read_set(make_set(sets / "more", 20))
+    marked = [[True] * len(labels) for labels in train["labels"].to_pylist()]
+    plain = [one.sizes_wh for one in load_checkpoint("coco_ssdlite300_mobilenet_v2").spec.priors.maps]
+    for column, flags, moves in [
+        ("crowd", {}, False), ("difficult", {"difficult": False}, False), ("difficult", {}, True),
+    ]:  # fmt: skip
+        wanted = config(sets, **flags)
+        place = train.schema.get_field_index(column)
+        table = train.set_column(place, train.schema.field(column), pa.array(marked, pa.list_(pa.bool_())))
+        model = with_fitted_priors(initial_model(wanted, classes), table, wanted)
+        assert ([one.sizes_wh for one in model.spec.priors.maps] != plain) == moves
 
 
 def test_the_map_of_labels_goes_into_the_checkpoint(sets, tmp_path):
