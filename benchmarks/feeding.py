@@ -6,8 +6,9 @@ The JPEGs of FOLDER, made 640x480, are packed into tar shards (repeated until th
 reads, decodes and resizes all of them to 300x300 with the same code and the same settings of the allocator,
 in --workers processes (the cores of the machine).
 Steady rates: from the moment when a quarter of a side's images has arrived to its last one, so that nobody's
-start counts (Ray starts writers when the first images are there). The sides take turns; the table shows the
-median of the ratios. `--corrupt` compares the pipeline with itself where one image in a hundred is cut short.
+start counts (Ray starts writers when the first images are there). The pipeline's blocks are as large as for
+GPUs. The sides take turns; the table shows the median of the ratios. `--corrupt` compares the pipeline with
+itself where one image in a hundred is cut short.
 """
 
 import argparse
@@ -34,7 +35,7 @@ from pipeline.config import InferConfig
 from pipeline.data.images import decode_image, resize_image
 from pipeline.data.shards import Shard, list_shards, read_shard
 from pipeline.inference.blocks import with_detections
-from pipeline.inference.run import infer
+from pipeline.inference.run import CHUNKS_PER_BLOCK, infer
 
 WORKERS = 2
 BATCH = 64
@@ -169,6 +170,7 @@ def main() -> None:
     parser.add_argument("--json", type=Path)
     args = parser.parse_args()
     runtime.start_ray(num_cpus=args.workers)
+    CHUNKS_PER_BLOCK["cpu"] = CHUNKS_PER_BLOCK["cuda"]
     packing = {"num_shards": args.shards, "size": args.images_per_shard}
     with tempfile.TemporaryDirectory() as name:
         source, corrupt = f"{name}/shards", f"{name}/corrupt"

@@ -78,7 +78,7 @@ class InferConfig:
     """Detections below this score are not written. A number, or a JSON file {"class name": score, ...} as
     jobs/evaluate.py writes it; classes that it doesn't name keep 0.05."""
     batch_size: int = 0
-    """Images per forward pass. 0: 32 on CPUs; on GPUs a whole block, which is 96 images of 300x300."""
+    """Images per forward pass. 0: 32 on CPUs; on GPUs as many as fit into 30 MB, 96 of 300x300."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """Where detectors run; auto asks the cluster, not this machine, for GPUs."""
     min_detectors: int = 0

@@ -60,6 +60,7 @@ class ReadSettings:
     width: int
     resize_rule: ResizeRule
     images_per_block: int
+    images_per_chunk: int
     max_pixels: int
     max_image_bytes: int
     max_decode_s: float
@@ -81,10 +82,11 @@ class ReadSettings:
 def read_blocks(work: Sequence[Work], settings: ReadSettings) -> Iterator[pa.Table]:
     """Read shards, decode and resize their images; yields blocks of `images_per_block` images.
 
-    Each block has the columns of `schema.IMAGES`, `STATS` and `image`: uint8 [height, width, 3] RGB.
+    Each block has the columns of `schema.IMAGES`, `STATS` and `image`: uint8 [height, width, 3] RGB, in
+    chunks of `images_per_chunk`.
     """
     rows: list[dict[str, object]] = []
-    images = _empty(settings)
+    chunks: list[np.ndarray] = []
     retries = storage.num_retries()
     before = time.perf_counter()
     decode = ChildDecoder(settings) if settings.isolated else WatchedDecoder(settings)
@@ -93,25 +95,26 @@ def read_blocks(work: Sequence[Work], settings: ReadSettings) -> Iterator[pa.Tab
         row, pixels = decode(raw)
         row["num_retries"], retries = storage.num_retries() - retries, storage.num_retries()
         row["read_s"] = read_s
-        images[len(rows)] = 0 if pixels is None else pixels
+        place = len(rows) % settings.images_per_chunk
+        if place == 0:
+            count = min(settings.images_per_chunk, settings.images_per_block - len(rows))
+            chunks.append(np.empty((count, settings.height, settings.width, 3), np.uint8))
+        chunks[-1][place] = 0 if pixels is None else pixels
         rows.append(row)
         if len(rows) == settings.images_per_block:
-            yield _block(rows, images)
-            rows, images = [], _empty(settings)
+            yield _block(rows, chunks)
+            rows, chunks = [], []
         before = time.perf_counter()
     if rows:
-        yield _block(rows, images[: len(rows)])
+        chunks[-1] = chunks[-1][: place + 1]
+        yield _block(rows, chunks)
 
 
-def _empty(settings: ReadSettings) -> np.ndarray:
-    return np.empty((settings.images_per_block, settings.height, settings.width, 3), np.uint8)
-
-
-def _block(rows: list[dict[str, object]], images: np.ndarray) -> pa.Table:
+def _block(rows: list[dict[str, object]], chunks: list[np.ndarray]) -> pa.Table:
     columns = {name: pa.array([row[name] for row in rows]).cast(kind) for name, kind in _IMAGES.items()}
     stats = {name: pa.array([row[name] for row in rows], pa.float64()) for name in STATS}
-    pixels = pa.FixedShapeTensorArray.from_numpy_ndarray(images)
-    return pa.table({**columns, **stats, "image": pixels})
+    images = pa.chunked_array([pa.FixedShapeTensorArray.from_numpy_ndarray(chunk) for chunk in chunks])
+    return pa.table({**columns, **stats, "image": images})
 
 
 def _decode(raw: RawImage, settings: ReadSettings) -> tuple[dict[str, object], np.ndarray | None]:
@@ -306,22 +309,33 @@ class DetectImages:
 
     def __call__(self, block: pa.Table) -> pa.Table:
         """Detect in the good images of `block`, `batch_size` at a time."""
-        images = block["image"].combine_chunks()
-        pixels = images.to_numpy_ndarray() if len(images) else np.zeros((0, 1, 1, 3), np.uint8)
         sizes_N2 = np.stack([block["width"].to_numpy(), block["height"].to_numpy()], axis=1)
         good = np.flatnonzero(sizes_N2[:, 0] > 0)
         start = time.perf_counter()
         found = []
         num_empty = 0
-        for rows in np.split(good, range(self.batch_size, len(good), self.batch_size)):
-            if len(rows):
-                images = pixels if len(rows) == len(pixels) else pixels[rows]  # of 96: 26 MB less to copy
-                batch = self.detector(images, sizes_N2[rows])
-                num_empty += int((~batch.has_area).sum())
-                batch = replace(batch, image_index=rows[batch.image_index])
-                found.append(_only(batch, batch.has_area & (batch.scores >= self._thresholds[batch.labels])))
+        for images, rows in _batches(block["image"], good, self.batch_size):
+            batch = self.detector(images, sizes_N2[rows])
+            num_empty += int((~batch.has_area).sum())
+            batch = replace(batch, image_index=rows[batch.image_index])
+            found.append(_only(batch, batch.has_area & (batch.scores >= self._thresholds[batch.labels])))
         seconds = (time.perf_counter() - start) / max(len(good), 1)
         return with_detections(block, found, seconds, good, num_empty=num_empty)
+
+
+def _batches(
+    column: pa.ChunkedArray, rows: np.ndarray, batch_size: int
+) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+    """The images at `rows` (ascending), at most `batch_size` of one chunk at a time, and their rows."""
+    first = 0
+    for chunk in column.chunks:
+        here = rows[(rows >= first) & (rows < first + len(chunk))]
+        for batch in np.split(here, range(batch_size, len(here), batch_size)):
+            if len(batch):
+                images = chunk.to_numpy_ndarray()
+                # A whole chunk isn't copied: of 96, 26 MB.
+                yield images if len(batch) == len(images) else images[batch - first], batch
+        first += len(chunk)
 
 
 def _lowest(thresholds: Mapping[int, float]) -> float:

@@ -36,11 +36,10 @@ MAX_TASKS = 2_000
 MIN_IMAGES_PER_TASK = 128  # loose image files, a shard each
 GUESSED_SHARD_IMAGES = 64  # for --limit
 
-# A block is one commit: as many whole batches as fit, or one. Each costs about 60 ms of CPU (summed from
-# parts) in driver and detector, so small ones are dear. Beyond 32 MB, though, glibc takes its memory
-# from the system anew, which zeroes every page of it (128 images: a third of the readers' time).
-BLOCK_BYTES = 30_000_000
-BATCH_SIZE = 32  # images; on GPUs a whole block
+# A block's images lie in chunks, each of as many whole batches as fit, or one: beyond 32 MB glibc takes
+# memory from the system anew, which zeroes every page of it (128 images: a third of the readers' time).
+CHUNK_BYTES = 30_000_000
+BATCH_SIZE = 32  # images; on GPUs a whole chunk
 
 DEFAULT_THRESHOLD = 0.05  # of classes that a file of thresholds doesn't name
 
@@ -92,12 +91,14 @@ def portable_weights(source: str) -> bytes:
 
 
 def read_settings(config: InferConfig, spec: ModelSpec) -> ReadSettings:
-    """How readers prepare images for the model."""
+    """How readers prepare images for the model; what a block holds also depends on the detectors."""
+    images_per_chunk = _images_per_chunk(config, spec)
     return ReadSettings(
         height=spec.input_height,
         width=spec.input_width,
         resize_rule=spec.resize_rule,
-        images_per_block=_images_per_block(config, spec),
+        images_per_block=images_per_chunk,
+        images_per_chunk=images_per_chunk,
         max_pixels=config.max_pixels,
         max_image_bytes=config.max_image_bytes,
         max_decode_s=config.max_decode_s,
@@ -107,8 +108,8 @@ def read_settings(config: InferConfig, spec: ModelSpec) -> ReadSettings:
     )
 
 
-def _images_per_block(config: InferConfig, spec: ModelSpec) -> int:
-    fitting = BLOCK_BYTES // (spec.input_height * spec.input_width * 3)
+def _images_per_chunk(config: InferConfig, spec: ModelSpec) -> int:
+    fitting = CHUNK_BYTES // (spec.input_height * spec.input_width * 3)
     batch_size = config.batch_size or BATCH_SIZE
     return max(1, fitting // batch_size) * batch_size
 

@@ -48,8 +48,12 @@ from pipeline.results.parts import read_parts
 from pipeline.runlog import Progress, logger
 
 MAX_PASSES = 5  # the run itself, and again for what is missing or was in flight when a process died
+# A block is one commit. It costs tens of milliseconds of CPU in driver and detector, which limits how many
+# images a second one driver can feed to GPUs. On CPUs, where a chunk is seconds of a detector's work, small
+# blocks are shared more evenly.
+CHUNKS_PER_BLOCK = {"cuda": 3, "cpu": 1}
 SLOW_IMAGES_PER_BLOCK = 16
-WHOLE_BLOCK = 4096  # more images than any block has
+WHOLE_CHUNK = 4096  # more images than any chunk has
 # At a detector: waiting, worked on and being published. Ray Data (2.60) looks ten times a second for what is
 # done, and a part waits tenths of a second for the store. A detector that sleeps 31 ms a block was busy for
 # .90 to .95 of the time with 8, 12 or 16 where parts went to the local disk; where each file took 0.1 s
@@ -151,8 +155,8 @@ def run_plan(
     """Start Ray and run the plan until every image has its row or the error budget is spent."""
     runtime.start_ray()
     pool = choose_pool(config)
-    if is_slow(pool, spec):
-        plan = replace(plan, settings=replace(plan.settings, images_per_block=SLOW_IMAGES_PER_BLOCK))
+    count = images_per_block(plan.settings, pool, spec)
+    plan = replace(plan, settings=replace(plan.settings, images_per_block=count))
     logger.info("%s: starting %d detectors on %s ...", spec.architecture, pool.min_size, pool.device)
     with monitoring(progress_of(plan), config, weights) as monitor:
         try:
@@ -376,17 +380,19 @@ def choose_pool(config: InferConfig) -> Pool:
         device=device,
         min_size=config.min_detectors or (1 if config.max_detectors else most),
         max_size=most,
-        batch_size=config.batch_size or (WHOLE_BLOCK if device == "cuda" else BATCH_SIZE),
+        batch_size=config.batch_size or (WHOLE_CHUNK if device == "cuda" else BATCH_SIZE),
         threads=0 if device == "cuda" else max(1, cpus // most),
     )
 
 
-def is_slow(pool: Pool, spec: ModelSpec) -> bool:
-    """Whether a block of the usual size would be minutes of a detector's work, which a kill would cost.
+def images_per_block(settings: ReadSettings, pool: Pool, spec: ModelSpec) -> int:
+    """Some chunks, or fewer images where that would be minutes of a detector's work, which a kill would cost.
 
     On one core `ssd512_vgg16` takes 2.6 s an image and `ssdlite300_mobilenet_v2` 0.1 s.
     """
-    return pool.device == "cpu" and not spec.architecture.startswith("ssdlite")
+    if pool.device == "cpu" and not spec.architecture.startswith("ssdlite"):
+        return SLOW_IMAGES_PER_BLOCK
+    return CHUNKS_PER_BLOCK[pool.device] * settings.images_per_chunk
 
 
 def check_writable(output: str) -> None:

@@ -17,8 +17,8 @@ from tests import fakes
 from tests.makers import make_image, make_jpeg, make_tar, make_tar_shard
 
 SETTINGS = ReadSettings(
-    height=30, width=40, resize_rule="bilinear", images_per_block=8, max_pixels=10**6, max_image_bytes=10**6,
-    max_decode_s=60, reduced_decode=False,
+    height=30, width=40, resize_rule="bilinear", images_per_block=8, images_per_chunk=3, max_pixels=10**6,
+    max_image_bytes=10**6, max_decode_s=60, reduced_decode=False,
 )  # fmt: skip
 NAMES = dict.fromkeys(range(1, 12), "thing")
 
@@ -40,6 +40,8 @@ def test_blocks_have_a_fixed_number_of_images_across_shards(tmp_path):
         make_tar_shard(tmp_path / f"{name}.tar", count)
     found = read(tmp_path)
     assert [len(block) for block in found] == [8, 8, 4]
+    chunks = [[len(chunk) for chunk in block["image"].chunks] for block in found]
+    assert chunks == [[3, 3, 2], [3, 3, 2], [3, 1]]
     assert column(found, "image_id") == [
         f"{name}.tar/{i:03}.jpg" for name, count in (("a", 5), ("b", 9), ("c", 6)) for i in range(count)
     ]
@@ -196,6 +198,27 @@ def test_the_detector_keeps_failed_rows_and_drops_boxes_without_area(tmp_path, d
         for xmin, ymin, xmax, ymax in boxes:
             assert 0 <= xmin < xmax <= 64
             assert 0 <= ymin < ymax <= 48
+
+
+def test_what_is_detected_in_an_image_does_not_depend_on_the_chunks(tmp_path, detector):
+    settings = replace(SETTINGS, height=300, width=300, resize_rule="tf_legacy")
+    members = {f"{i}.jpg": make_jpeg(320, 240, seed=i) if i % 3 else b"broken" for i in range(8)}
+    make_tar_shard(tmp_path / "a.tar", members)
+    (whole,) = read(tmp_path, replace(settings, images_per_chunk=8))
+    (block,) = read(tmp_path, settings)
+    expected, found = detector(whole), detector(block)
+    assert sum(expected["num_detections"].to_pylist()) > 0
+    for name in ("image_id", "num_detections", "labels"):
+        assert found[name].to_pylist() == expected[name].to_pylist()
+    for name in ("boxes", "scores"):
+        np.testing.assert_allclose(flat(found[name]), flat(expected[name]), rtol=1e-4, atol=1e-3)
+
+
+def flat(values):
+    found = values.combine_chunks()
+    while hasattr(found, "flatten") and pa.types.is_nested(found.type):
+        found = found.flatten()
+    return found.to_numpy()
 
 
 def test_a_block_of_failed_images_only_passes_the_detector(tmp_path, detector):

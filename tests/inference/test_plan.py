@@ -25,7 +25,7 @@ from pipeline.inference.plan import (
     run_fingerprint,
     save_shards,
 )
-from pipeline.inference.run import Pool, is_slow
+from pipeline.inference.run import Pool, images_per_block
 from pipeline.model.ssd import build_model
 from pipeline.results import load_detections, load_images
 from tests.outputs import box, failed_image, image, write_part
@@ -108,24 +108,27 @@ def test_loose_images_come_many_to_a_task():
         ("ssd512_vgg16", 64, 64),  # a batch is never cut
     ],
 )
-def test_a_block_holds_as_many_whole_batches_as_fit_or_one(architecture, batch_size, expected):
+def test_a_chunk_holds_as_many_whole_batches_as_fit_or_one(architecture, batch_size, expected):
     spec = build_model(architecture, num_classes=2).spec
     settings = read_settings(InferConfig(input="i", output="o", batch_size=batch_size), spec)
-    assert settings.images_per_block == expected
+    assert settings.images_per_chunk == expected
 
 
 @pytest.mark.parametrize(
     ("architecture", "device", "expected"),
     [
-        ("ssd512_vgg16", "cpu", True),
-        ("ssd300_vgg16", "cpu", True),
-        ("ssdlite300_mobilenet_v2", "cpu", False),
-        ("ssd512_vgg16", "cuda", False),
+        ("ssd512_vgg16", "cpu", 16),
+        ("ssd300_vgg16", "cpu", 16),
+        ("ssdlite300_mobilenet_v2", "cpu", 96),
+        ("ssdlite300_mobilenet_v2", "cuda", 288),
+        ("ssd512_vgg16", "cuda", 96),
     ],
 )
-def test_large_models_on_cpus_commit_after_a_few_images(architecture, device, expected):
+def test_a_block_is_large_on_gpus_and_small_for_large_models_on_cpus(architecture, device, expected):
     pool = Pool(device=device, min_size=1, max_size=1, batch_size=32, threads=1)
-    assert is_slow(pool, build_model(architecture, num_classes=2).spec) is expected
+    spec = build_model(architecture, num_classes=2).spec
+    settings = read_settings(InferConfig(input="i", output="o"), spec)
+    assert images_per_block(settings, pool, spec) == expected
 
 
 # ---- what a run finds in its output ------------------------------------------------------------------

@@ -432,14 +432,18 @@ def test_readers_leave_the_cores_to_detectors_on_gpus(gives_way):
         assert thread.submit(niceness).result() == after
 
 
-@pytest.mark.parametrize("block", [0, 1, 2])  # of 96, 96 and 8 images
-def test_a_reader_killed_in_a_shard_loses_and_repeats_nothing(folders, tmp_path, monkeypatch, block):
+# Blocks of 96, 96 and 8 images, or as on GPUs of 288 and 112, in chunks of 96.
+@pytest.mark.parametrize(("chunks", "images", "block"), [(1, 200, 0), (1, 200, 1), (1, 200, 2), (3, 400, 1)])
+def test_a_reader_killed_in_a_shard_loses_and_repeats_nothing(
+    folders, tmp_path, monkeypatch, chunks, images, block
+):
     from pipeline.inference import run as module
 
     source, target = folders
     for name in "ab":
-        make_tar_shard(source / f"{name}.tar", 200, seed=ord(name))
+        make_tar_shard(source / f"{name}.tar", images, seed=ord(name))
     run(source, target)
+    monkeypatch.setitem(module.CHUNKS_PER_BLOCK, "cpu", chunks)
     deaths = tmp_path / "deaths"
     deaths.mkdir()
     monkeypatch.setattr(module, "read_blocks", DyingReader(str(deaths), block))
