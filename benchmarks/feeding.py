@@ -7,8 +7,9 @@ reads, decodes and resizes all of them to 300x300 with the same code and the sam
 in --workers processes (the cores of the machine).
 Steady rates: from the moment when a quarter of a side's images has arrived to its last one, so that nobody's
 start counts (Ray starts writers when the first images are there). The pipeline's blocks are as large as for
-GPUs. The sides take turns; the table shows the median of the ratios. `--corrupt` compares the pipeline with
-itself where one image in a hundred is cut short.
+GPUs, and one detector takes them, as one process takes the DataLoader's. The sides take turns; the table
+shows the median of the ratios. `--corrupt` compares the pipeline with itself where one image in a hundred is
+cut short.
 """
 
 import argparse
@@ -87,9 +88,14 @@ class NullDetector:
 
 
 def pipeline_rate(
-    source: str, output: str, *, detector: type = NullDetector, weights: str = InferConfig().weights
+    source: str,
+    output: str,
+    *,
+    detector: type = NullDetector,
+    detectors: int = 0,
+    weights: str = InferConfig().weights,
 ) -> float:
-    """Read -> detector -> Parquet on the CPUs that Ray was given, by the arrivals at the detector."""
+    """Read -> detector -> Parquet on the CPUs that Ray was given, by the arrivals at the detectors."""
     log = Path(f"{output}-arrivals")
     log.mkdir()
 
@@ -99,7 +105,14 @@ def pipeline_rate(
                 print(time.perf_counter(), len(block), file=file)
             return super().__call__(block)
 
-    config = InferConfig(input=source, output=output, weights=weights, reduced_decode=False)
+    config = InferConfig(
+        input=source,
+        output=output,
+        weights=weights,
+        reduced_decode=False,
+        min_detectors=detectors,
+        max_detectors=detectors,
+    )
     infer(config, detector=Logging)
     lines = [line.split() for file in log.iterdir() for line in file.read_text().splitlines()]
     return _steady(sorted((float(moment), int(count)) for moment, count in lines))
@@ -181,8 +194,8 @@ def main() -> None:
         }
         if args.corrupt:
             make_shards(args.images, Path(corrupt), **packing, corrupt_every=100)
-            sides = {"1 % corrupt": lambda n: pipeline_rate(corrupt, f"{name}/corrupt-{n}")}
-        sides["pipeline"] = lambda n: pipeline_rate(source, f"{name}/out-{n}")
+            sides = {"1 % corrupt": lambda n: pipeline_rate(corrupt, f"{name}/corrupt-{n}", detectors=1)}
+        sides["pipeline"] = lambda n: pipeline_rate(source, f"{name}/out-{n}", detectors=1)
         rates: dict[str, list[float]] = {side: [] for side in sides}
         for number in range(args.pairs):
             for side in list(sides) if number % 2 else reversed(sides):
