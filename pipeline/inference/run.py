@@ -57,7 +57,7 @@ WHOLE_CHUNK = 4096  # more images than any chunk has
 # At a detector: waiting, worked on and being published. Ray Data (2.60) looks ten times a second for what is
 # done, and a part waits tenths of a second for the store. A detector that sleeps 31 ms a block was busy for
 # .90 to .95 of the time with 8, 12 or 16 where parts went to the local disk; where each file took 0.1 s
-# longer, for .64 with 8, .89 with 12, .93 with 16 and .90 with 24.
+# longer, for .64 with 8, .89 with 12, .93 with 16 and .90 with 24. That was with blocks of one chunk.
 BLOCKS_AT_ONCE = {"cuda": 16, "cpu": 4}
 
 # Logical: detectors and readers share the cores. Whole numbers: from fractions Ray Data (2.60) makes budgets
