@@ -138,14 +138,15 @@ def test_kuberay_can_submit_its_job_and_see_how_it_ends(job):
 
 
 def test_idle_workers_live_on_every_node_as_long_as_on_a_laptop(launcher, job):
+    idle_ms = runtime.LOCAL_CLUSTER_ENVIRONMENT["RAY_idle_worker_killing_time_threshold_ms"]
     cluster = job["rayClusterSpec"]
     groups = [cluster["headGroupSpec"], *cluster["workerGroupSpecs"]]
     for container in (group["template"]["spec"]["containers"][0] for group in groups):
         named = {entry["name"]: entry["value"] for entry in container["env"]}
-        assert named["RAY_idle_worker_killing_time_threshold_ms"] == str(runtime.IDLE_WORKER_MS)
+        assert named["RAY_idle_worker_killing_time_threshold_ms"] == idle_ms
     for when in ("head", "worker"):
         start = launcher[f"{when}_start_ray_commands"][-1]
-        assert f"RAY_idle_worker_killing_time_threshold_ms={runtime.IDLE_WORKER_MS} ray start" in start
+        assert f"RAY_idle_worker_killing_time_threshold_ms={idle_ms} ray start" in start
 
 
 def test_the_documented_installations_can_train_and_measure(launcher):

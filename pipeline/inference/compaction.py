@@ -15,9 +15,9 @@ from pipeline.inference.ledger import columns, commit, delete_parts, part_metada
 from pipeline.inference.lock import LockRef
 from pipeline.results.parts import Part, read_parts
 
-# Of a compacted part: a million images at 7 boxes each make forty. The driver puts it together in memory.
-# With 250,000 images at once its peak grew by 178 MiB, with 50,000 by 57 (no boxes).
-COMPACT_IMAGES = 25_000
+# Of a compacted part: a million images at 7 boxes each make 67. The driver puts it together in memory. With
+# 250,000 images at once its peak grew by 178 MiB, with 50,000 by 57, with 25,000 by 35, with 15,000 by 28.
+COMPACT_IMAGES = 15_000
 COMPACT_DETECTIONS = 500_000
 
 Keep = Callable[[Part, pa.Table], np.ndarray]
@@ -115,19 +115,7 @@ def _newest(output: str, parts: Sequence[Part]) -> Keep:
 
 def _merge(output: str, group: Sequence[Part], name: str, keep: Keep | None, lock: LockRef) -> None:
     """Write one part with the rows of `group` to keep, in input order, that takes their place."""
-    filesystem, root = storage.arrow_filesystem(output)
-    images, boxes = [], []
-    for part in group:
-        image_rows = pq.read_table(f"{root}/images/{part.name}", filesystem=filesystem, schema=schema.IMAGES)
-        box_rows = pq.read_table(
-            f"{root}/detections/{part.detections}", filesystem=filesystem, schema=schema.DETECTIONS
-        )
-        if keep:
-            image_rows, box_rows = select(image_rows, box_rows, np.flatnonzero(keep(part, image_rows)))
-            image_rows, box_rows = _without_unused(image_rows), _without_unused(box_rows)
-        images.append(image_rows)
-        boxes.append(box_rows)
-    image_table, box_table = pa.concat_tables(images), pa.concat_tables(boxes)
+    image_table, box_table = _rows(output, group, keep)
     shards = image_table["shard"].combine_chunks()
     rank = np.argsort(np.argsort(shards.dictionary.to_pylist()))  # of each shard by its name
     order = np.lexsort((image_table["shard_index"].to_numpy(), rank[shards.indices.to_numpy()]))
@@ -149,6 +137,23 @@ def _merge(output: str, group: Sequence[Part], name: str, keep: Keep | None, loc
     )
     delete_parts(output, "images", {part.name for part in group})
     delete_parts(output, "detections", {part.detections for part in group})
+
+
+def _rows(output: str, group: Sequence[Part], keep: Keep | None) -> tuple[pa.Table, pa.Table]:
+    """The images of `group` to keep, and their boxes, part by part."""
+    filesystem, root = storage.arrow_filesystem(output)
+    images, boxes = [], []
+    for part in group:
+        image_rows = pq.read_table(f"{root}/images/{part.name}", filesystem=filesystem, schema=schema.IMAGES)
+        box_rows = pq.read_table(
+            f"{root}/detections/{part.detections}", filesystem=filesystem, schema=schema.DETECTIONS
+        )
+        if keep:
+            image_rows, box_rows = select(image_rows, box_rows, np.flatnonzero(keep(part, image_rows)))
+            image_rows, box_rows = _without_unused(image_rows), _without_unused(box_rows)
+        images.append(image_rows)
+        boxes.append(box_rows)
+    return pa.concat_tables(images), pa.concat_tables(boxes)
 
 
 def _without_unused(table: pa.Table) -> pa.Table:

@@ -21,6 +21,7 @@ from pipeline import schema, storage
 from pipeline.errors import ConfigError, DamagedError
 
 FOOTER_THREADS = 16  # a small request each: latency counts, not the processor
+FOOTERS_AT_ONCE = 1024  # what waits for a thread takes 1 KB
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,8 +46,7 @@ def read_parts(output: str, names: Iterable[str] | None = None) -> list[Part]:
         ConfigError: another schema version.
         DamagedError: a part can't be parsed.
     """
-    if names is None:
-        names = part_names(output, "images")
+    names = sorted(part_names(output, "images") if names is None else names)
     filesystem, root = storage.arrow_filesystem(output)
 
     def read(name: str) -> Part:
@@ -55,7 +55,8 @@ def read_parts(output: str, names: Iterable[str] | None = None) -> list[Part]:
         return describe(f"{output}/images/{name}", name, footer.metadata or {}, footer.num_rows)
 
     with ThreadPoolExecutor(FOOTER_THREADS) as pool:
-        return counting(pool.map(read, sorted(names)))
+        starts = range(0, len(names), FOOTERS_AT_ONCE)
+        return counting(part for n in starts for part in pool.map(read, names[n : n + FOOTERS_AT_ONCE]))
 
 
 @contextmanager
@@ -96,9 +97,9 @@ def describe(uri: str, name: str, metadata: Mapping[bytes, bytes], num_images: i
         name=name,
         detections=metadata[schema.META_DETECTIONS_PART].decode(),
         replaces=tuple(json.loads(metadata.get(schema.META_REPLACES, b"[]"))),
-        run=metadata[schema.META_RUN].decode(),
+        run=sys.intern(metadata[schema.META_RUN].decode()),
         round=int(metadata.get(schema.META_ROUND, b"0")),
-        fingerprint=metadata[schema.META_FINGERPRINT].decode(),
+        fingerprint=sys.intern(metadata[schema.META_FINGERPRINT].decode()),
         model=sys.intern(metadata.get(schema.META_MODEL, b"{}").decode()),  # kilobytes, the same in all
         num_images=num_images,
         num_detections=int(metadata.get(schema.META_NUM_DETECTIONS, b"0")),

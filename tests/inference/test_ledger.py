@@ -9,6 +9,7 @@ from pipeline import schema, storage
 from pipeline.errors import StorageError
 from pipeline.inference import compaction, ledger
 from pipeline.inference.lock import Lock, LockRef
+from pipeline.results import parts as results_parts
 from pipeline.results.parts import part_names, read_parts
 
 METADATA = ledger.part_metadata(fingerprint="f", model="{}", run="r0001", round=0)
@@ -317,6 +318,15 @@ def test_every_part_says_version_fingerprint_and_its_detections(output, lock):
     assert part.fingerprint == "f"
     assert part_names(output, "detections") == {part.detections}
     assert (part.num_images, part.num_detections) == (1, 2)
+
+
+@pytest.mark.parametrize("at_once", [1, 2, 5, 6])
+def test_every_part_is_read_however_many_are_asked_for_at_once(output, lock, monkeypatch, at_once):
+    monkeypatch.setattr(results_parts, "FOOTERS_AT_ONCE", at_once)
+    names = [f"part-{number}.parquet" for number in range(5)]
+    for number, name in enumerate(names):
+        publish(output, lock, name, [("x.tar", number, 5, "ok", 1)])
+    assert [part.name for part in read_parts(output)] == names
 
 
 def test_the_parts_of_a_run_share_one_copy_of_its_models_description(output, lock):
