@@ -4,6 +4,9 @@
 is one line with exit code 2.
 """
 
+import contextlib
+import io
+import re
 import signal
 import sys
 from collections.abc import Callable
@@ -30,8 +33,6 @@ def run_job(
         The exit code: what `main` returns, 2 where flags or input are refused or the run can't go on (one
         line, no traceback), 130 or 143 where Ctrl-C or SIGTERM stopped it.
     """
-    import tyro  # only jobs need it
-
     stopped_by = signal.SIGINT
     given: Config | None = None
 
@@ -42,7 +43,7 @@ def run_job(
 
     signal.signal(signal.SIGTERM, stop)
     try:
-        given = tyro.cli(config, description=description)
+        given = _parsed(config, description)
         return main(given)
     except KeyboardInterrupt:
         print(f"stopped{_going_on(given)}" if resumes else "stopped", file=sys.stderr)
@@ -50,6 +51,42 @@ def run_job(
     except PipelineError as error:
         print(f"error: {error}", file=sys.stderr)
         return REFUSED
+
+
+def _parsed(config: type[Config], description: str | None) -> Config:
+    """The command line as `config`.
+
+    Raises:
+        ConfigError: a flag or a value is wrong: what tyro prints in a frame, as one line.
+        SystemExit: after --help.
+    """
+    import tyro  # only jobs need it
+
+    frame = io.StringIO()
+    try:
+        with contextlib.redirect_stderr(frame):
+            return tyro.cli(config, description=description)
+    except SystemExit as end:
+        if end.code != REFUSED:
+            raise
+        raise ConfigError(f"{_in_one_line(frame.getvalue())} (--help explains all flags)") from None
+
+
+def _in_one_line(frame: str) -> str:
+    """Tyro's sentences and the flags that it lists, without the help texts between them."""
+    said = ""
+    for line in re.sub(r"\x1b\[[\d;]*m", "", frame).splitlines()[1:-1]:
+        text = line[1:-1].rstrip()
+        indent = len(text) - len(text.lstrip())
+        if text.lstrip().startswith(("Argument helptext", "For full helptext")):
+            break
+        if set(text) <= set(" ─-"):  # a rule between paragraphs
+            said += ";"
+        elif indent == 1:
+            said += text
+        elif indent == 5:  # a flag; its help text is indented by 9
+            said += f" {text.split()[0].rstrip(',')}"
+    return said.strip(" ;")
 
 
 def _going_on(config: object) -> str:

@@ -5,11 +5,8 @@ class PipelineError(Exception):
     """Root of all errors raised on purpose by this package."""
 
 
-class ConfigError(PipelineError, ValueError):
-    """A flag, an argument or a request that is refused: what, where, what to do (exit code 2).
-
-    Also a `ValueError`, so that tyro prints it as one clean line.
-    """
+class ConfigError(PipelineError):
+    """A flag, an argument or a request that is refused: what, where, what to do (exit code 2)."""
 
 
 class ImageError(PipelineError):

@@ -85,7 +85,7 @@ def read_classes(shards_uri: str) -> Classes:
         raise ConfigError(
             f"{uri} is missing: make annotated shards with jobs/make_shards.py ({error})"
         ) from error
-    except (ValueError, TypeError, KeyError) as error:
+    except (ConfigError, ValueError, TypeError, KeyError) as error:
         raise ConfigError(f"{uri} is no list of classes: {error}") from error
 
 

@@ -32,8 +32,6 @@ def read_coco(images_uri: str, annotations_uri: str) -> Source:
         for entry in coco_entries(data, "annotations", ("image_id", "category_id"), where):
             boxes.setdefault(entry["image_id"], []).append(_coco_box(entry, names, annotations_uri))
         listed = [(entry["file_name"].replace("\\", "/"), entry) for entry in entries]
-    except ConfigError:
-        raise
     except (ValueError, TypeError, KeyError, AttributeError) as error:
         raise ConfigError(f"{where} is no COCO instances file: {type(error).__name__} {error}") from error
     _refuse_strangers(boxes.keys() - {entry["id"] for _, entry in listed}, annotations_uri)

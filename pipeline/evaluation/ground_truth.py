@@ -96,8 +96,6 @@ def _from_coco(uri: str) -> GroundTruth:
         return _ground_truth(
             names, class_names, [_coco_row(box, index, class_names, uri) for box in boxes], ids
         )
-    except ConfigError:
-        raise
     except (KeyError, TypeError, ValueError) as error:
         raise ConfigError(f"{uri} is no COCO instances file: {type(error).__name__} {error}") from error
 
