@@ -82,9 +82,10 @@ def test_of_many_contenders_exactly_one_wins(output):
     with Lock(output):
         rewrite(output, 1, host="elsewhere", heartbeat=0)
         code = (
-            "import sys, time; from pipeline.inference.lock import Lock\n"
+            "import time; from pipeline.errors import ConfigError\n"
+            "from pipeline.inference.lock import Lock\n"
             f"try: Lock({output!r}); print('won', flush=True); time.sleep(3600)\n"
-            "except ValueError: print('refused', flush=True)"
+            "except ConfigError: print('refused', flush=True)"
         )
         contenders = [
             subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE) for _ in range(6)
