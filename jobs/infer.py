@@ -7,7 +7,7 @@ Without flags: the built-in demo, on real photographs, into ./demo-output/.
 
 Run the same command again after a crash, or when new shards have arrived: finished shards are not opened.
 Exit codes: 0 done; 1 crash; 2 refused or broken off, and one line says why (wrong flags, a store that is
-away, images still missing); 3 more images failed than --max-failed-fraction.
+away, images still missing); 3 more images failed, or more shards can't be read, than --max-failed-fraction.
 """
 
 import sys
@@ -19,7 +19,7 @@ def main(config: InferConfig) -> int:
     """Run the job; returns the exit code."""
     from pipeline.inference import demo
     from pipeline.inference.dryrun import dry_run
-    from pipeline.inference.report import summary_text
+    from pipeline.inference.report import over_budget_text, summary_text
     from pipeline.inference.run import infer
     from pipeline.runlog import setup_logging
 
@@ -39,10 +39,7 @@ def main(config: InferConfig) -> int:
         sheet_of_run(config.output, config.input).save(path, quality=90)
         print(f"Photographs with their boxes: {path}")
     if report.over_budget:
-        failed = report.num_failed / max(report.num_images, 1)
-        early = "; stopped early" if report.stopped_early else ""
-        allowed = f"--max-failed-fraction allows {config.max_failed_fraction:.1%}"
-        print(f"too many images failed: {failed:.1%}, {allowed}{early} (exit code 3)", file=sys.stderr)
+        print(over_budget_text(report, config), file=sys.stderr)
     return 3 if report.over_budget else 0
 
 

@@ -138,7 +138,8 @@ class InferConfig:
     reduced_decode: bool = True
     """Decode JPEGs much larger than the detector's input at a reduced scale (never below twice the input)."""
     max_failed_fraction: float = 0.10
-    """Error budget: a larger share of failed images ends the run with exit code 3."""
+    """Error budget: a larger share of failed images, or of shards that can't be read, ends the run with exit
+    code 3."""
     retry_failed: bool = False
     """Run only the images that failed before; their rows are replaced. After repairs in a shard give
     --redo-changed, too."""
@@ -170,7 +171,7 @@ class InferConfig:
                 raise ConfigError(
                     f"--{name}: memory:// is another memory in each process; use a shared store"
                 )
-        _check(self.max_decode_s > 0, "--max-decode-s", self.max_decode_s, "more than 0")
+        _check(0 < self.max_decode_s <= 86_400, "--max-decode-s", self.max_decode_s, "over 0, up to 86400")
         if self.max_detectors and self.min_detectors > self.max_detectors:
             raise ConfigError(
                 f"--min-detectors {self.min_detectors} is more than --max-detectors {self.max_detectors}"

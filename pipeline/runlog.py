@@ -38,6 +38,8 @@ class Counts:
 
     images: int = 0
     failed: int = 0
+    failed_shards: int = 0
+    """Those of the failed images that stand for a whole shard."""
     detections: int = 0
     bytes: int = 0
     classes: Mapping[str, int] = field(default_factory=dict)
@@ -49,6 +51,8 @@ class Counts:
     """Storage calls that were repeated."""
     num_empty_boxes: float = 0.0
     """Boxes without area that were dropped."""
+    detectors: frozenset[str] = frozenset()
+    """The actors that published them."""
     read_s: float = 0.0
     decode_s: float = 0.0
     detect_s: float = 0.0
@@ -58,6 +62,7 @@ class Counts:
         return Counts(
             images=self.images + other.images,
             failed=self.failed + other.failed,
+            failed_shards=self.failed_shards + other.failed_shards,
             detections=self.detections + other.detections,
             bytes=self.bytes + other.bytes,
             classes=Counter(self.classes) + Counter(other.classes),
@@ -65,6 +70,7 @@ class Counts:
             shard_sizes={**self.shard_sizes, **other.shard_sizes},
             num_retries=self.num_retries + other.num_retries,
             num_empty_boxes=self.num_empty_boxes + other.num_empty_boxes,
+            detectors=self.detectors | other.detectors,
             read_s=self.read_s + other.read_s,
             decode_s=self.decode_s + other.decode_s,
             detect_s=self.detect_s + other.detect_s,
@@ -136,11 +142,6 @@ class Progress:
         mean = sum(sizes.values()) / seen if seen else 0
         guess = self._loose + sum(sizes.values()) + round(unseen * mean) - self._done_of_packed
         return max(guess, self.counts.images), unseen == 0
-
-    @property
-    def failed_fraction(self) -> float:
-        """Failed images of all images of this run."""
-        return self.counts.failed / max(self.counts.images, 1)
 
     def line(self, now: float | None = None) -> str:
         """One readable line: done/total, images per second, failed, time to go."""

@@ -517,7 +517,10 @@ def _list_local(uri: str, path: str) -> Iterator[FileInfo]:
                 if entry.is_dir():
                     yield from _list_local(child, entry.path)
                 elif entry.is_file() and not entry.name.endswith(_UNFINISHED):
-                    stat = entry.stat()
+                    try:
+                        stat = entry.stat()
+                    except FileNotFoundError:  # renamed or deleted since
+                        continue
                     yield FileInfo(child, stat.st_size, str(stat.st_mtime_ns))
     except FileNotFoundError:
         return

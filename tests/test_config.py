@@ -64,10 +64,18 @@ def test_a_flag_that_can_not_be_read_is_one_line_and_exit_code_2(
     assert capsys.readouterr().err == f"error: {said} (--help explains all flags)\n"
 
 
-def test_a_value_out_of_range_is_one_line_and_exit_code_2(monkeypatch, capsys):
-    monkeypatch.setattr("sys.argv", ["job", "--input", "a", "--output", "b", "--batch-size", "5000"])
+@pytest.mark.parametrize(
+    ("flag", "value", "allowed"),
+    [
+        ("--batch-size", "5000", "0 to 4096"),
+        ("--max-decode-s", "inf", "over 0, up to 86400"),
+        ("--max-decode-s", "nan", "over 0, up to 86400"),
+    ],
+)
+def test_a_value_out_of_range_is_one_line_and_exit_code_2(monkeypatch, capsys, flag, value, allowed):
+    monkeypatch.setattr("sys.argv", ["job", "--input", "a", "--output", "b", flag, value])
     assert run_job(lambda given: 0, InferConfig, None) == 2
-    assert capsys.readouterr().err == "error: --batch-size 5000 is out of range: 0 to 4096\n"
+    assert capsys.readouterr().err == f"error: {flag} {value} is out of range: {allowed}\n"
 
 
 def test_help_is_printed_whole(monkeypatch, capsys):

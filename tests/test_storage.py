@@ -5,6 +5,7 @@ import os
 import resource
 import threading
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from typing import Any
 
 import pytest
@@ -149,6 +150,27 @@ def test_what_is_absent_is_absent(folder):
     assert storage.list_names(f"{folder}/nothing") == set()
     with pytest.raises(StorageError, match="nothing: no such file"):
         storage.read_bytes(f"{folder}/nothing")
+
+
+def test_a_file_that_goes_while_its_folder_is_listed_costs_no_other_one(tmp_path, monkeypatch):
+    for name in "abcdef":
+        (tmp_path / name).touch()
+
+    @contextmanager
+    def racing(path):
+        with scandir(path) as entries:
+            yield (gone(entry) if number == 2 else entry for number, entry in enumerate(entries))
+
+    def gone(entry):
+        os.unlink(entry.path)
+        lost.append(entry.name)
+        return entry
+
+    scandir, lost = os.scandir, []
+    monkeypatch.setattr(os, "scandir", racing)
+    found = {file.uri.rpartition("/")[2] for file in storage.list_files(str(tmp_path))}
+    assert len(lost) == 1
+    assert found == set("abcdef") - set(lost)
 
 
 def test_a_missing_bucket_is_named(monkeypatch, s3):

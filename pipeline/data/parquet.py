@@ -79,12 +79,20 @@ def _read_group(file: pq.ParquetFile, group: int, column: str) -> Iterator[tuple
             notes = batch.column(ANNOTATION_COLUMN) if len(columns) == 2 else None
             for row in range(batch.num_rows):
                 data = _bytes_of(images[row])
-                yield data, None if notes is None else notes[row].as_py()
+                yield data, None if notes is None else _note(notes[row])
                 done += 1
     except (pa.ArrowException, OSError) as error:
         message = f"row group {group} is damaged ({' '.join(str(error).split())})"
         for _ in range(done, meta.num_rows):
             yield ImageError(message, stage="read", kind="DamagedRowGroup"), None
+
+
+def _note(value: pa.Scalar) -> object:
+    """An annotation; None for text that isn't UTF-8, which Arrow only finds here."""
+    try:
+        return value.as_py()
+    except UnicodeDecodeError:
+        return None
 
 
 def _bytes_of(value: pa.Scalar) -> bytes | ImageError:

@@ -374,7 +374,7 @@ def _read_parquet(
         parquet = pq.ParquetFile(file, pre_buffer=False)
         column = find_image_column(parquet.schema_arrow, image_column, shard.uri)
         ids = index_parquet(parquet, shard.uri, id_column=id_column)
-    except (pa.ArrowException, OSError) as error:
+    except (pa.ArrowException, OSError, UnicodeDecodeError) as error:
         raise ShardError(f"{shard.uri}: not a readable Parquet file ({error})") from error
     for row in read_rows(parquet, column, skip=skip):
         data, error = (None, row.data) if isinstance(row.data, ImageError) else (row.data, None)

@@ -11,6 +11,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from pipeline import schema, storage
+from pipeline.errors import StorageError
 from pipeline.inference.ledger import columns, commit, delete_parts, part_metadata, read_ledger
 from pipeline.inference.lock import LockRef
 from pipeline.results.parts import Part, read_parts
@@ -114,14 +115,18 @@ def _newest(output: str, parts: Sequence[Part]) -> Keep:
 
 
 def _merge(output: str, group: Sequence[Part], name: str, keep: Keep | None, lock: LockRef) -> None:
-    """Write one part with the rows of `group` to keep, in input order, that takes their place."""
+    """Write one part with the rows of `group` to keep, in input order, that takes their place.
+
+    Raises:
+        StorageError: there is such a part, or another run took the output over.
+    """
     image_table, box_table = _rows(output, group, keep)
     shards = image_table["shard"].combine_chunks()
     rank = np.argsort(np.argsort(shards.dictionary.to_pylist()))  # of each shard by its name
     order = np.lexsort((image_table["shard_index"].to_numpy(), rank[shards.indices.to_numpy()]))
     image_table, box_table = select(image_table, box_table, order)
     last = max(group, key=lambda part: part.round)
-    commit(
+    published = commit(
         output,
         name,
         image_table,
@@ -135,6 +140,11 @@ def _merge(output: str, group: Sequence[Part], name: str, keep: Keep | None, loc
         ),
         lock=lock,
     )
+    if not published:  # nothing is deleted before its rows stand elsewhere
+        raise StorageError(
+            f"{output}/images/{name} exists already: an earlier run had this run's number (were files of "
+            "_run/ deleted?); the same command goes on with the next number"
+        )
     delete_parts(output, "images", {part.name for part in group})
     delete_parts(output, "detections", {part.detections for part in group})
 

@@ -18,6 +18,7 @@ from pipeline.runlog import Counts, Progress, logger
 
 PROGRESS_S = 5.0
 BUDGET_FROM = 1_000  # images before the error budget is looked at during the run
+BUDGET_FROM_SHARDS = 100  # a run over fewer goes on to its end, however many of them can't be read
 
 
 @ray.remote(num_cpus=0)
@@ -25,11 +26,12 @@ class Monitor:
     """Keeps the weights, adds up what tasks report, tells the error budget, and publishes live metrics."""
 
     def __init__(
-        self, progress: Progress, max_failed_fraction: float, num_others: int, weights: bytes
+        self, progress: Progress, max_failed_fraction: float, num_others: int, num_shards: int, weights: bytes
     ) -> None:
         self._progress = progress
         self._allowed = max_failed_fraction
         self._num_others = num_others
+        self._num_shards = num_shards
         self._weights = weights
         self._unfinished: set[int] = set()
         self._counted: set[str] = set()
@@ -58,8 +60,10 @@ class Monitor:
                 if value := getattr(counts, name):
                     metric.inc(value)
             self._rate.set(self._progress.steady_rate)
-        images, failed = self._progress.counts.images, self._progress.counts.failed
-        return images >= BUDGET_FROM and failed > self._allowed * (images + self._num_others)
+        total = self._progress.counts
+        return total.failed_shards > self._allowed * max(self._num_shards, BUDGET_FROM_SHARDS) or (
+            total.images >= BUDGET_FROM and total.failed > self._allowed * (total.images + self._num_others)
+        )
 
     def weights(self) -> bytes:
         """The weights file, for detectors that start."""
@@ -97,7 +101,7 @@ def progress_of(plan: Plan) -> Progress:
     )
 
 
-def _start(progress: Progress, config: InferConfig, weights: bytes) -> Any:
+def _start(progress: Progress, config: InferConfig, weights: bytes, num_shards: int) -> Any:
     """A monitor that runs, on the driver's node: the loss of another one must not end the run.
 
     A young cluster cancelled one before it ran, for references that were not gone.
@@ -107,7 +111,7 @@ def _start(progress: Progress, config: InferConfig, weights: bytes) -> Any:
     here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
     for last in (False, False, True):
         monitor: Any = Monitor.options(scheduling_strategy=here).remote(
-            progress, config.max_failed_fraction, num_others, weights
+            progress, config.max_failed_fraction, num_others, num_shards, weights
         )
         try:
             ray.get(monitor.begin.remote())
@@ -120,13 +124,15 @@ def _start(progress: Progress, config: InferConfig, weights: bytes) -> Any:
 
 
 @contextmanager
-def monitoring(progress: Progress, config: InferConfig, weights: bytes) -> Iterator[Any]:
+def monitoring(progress: Progress, config: InferConfig, weights: bytes, *, num_shards: int) -> Iterator[Any]:
     """A monitor, and a thread that prints its progress line every few seconds.
+
+    `num_shards` are all of the input.
 
     Raises:
         PipelineError: the run has failed because the monitor died.
     """
-    monitor = _start(progress, config, weights)
+    monitor = _start(progress, config, weights, num_shards)
     stop = threading.Event()
 
     def report() -> None:
@@ -140,7 +146,7 @@ def monitoring(progress: Progress, config: InferConfig, weights: bytes) -> Itera
     thread.start()
     try:
         yield monitor
-    except ray.exceptions.RayError:
+    except (ray.exceptions.RayError, PipelineError):  # without it detectors can't start, for one
         if _is_gone(monitor):
             raise PipelineError(
                 "the process that counts this run has died; what is published stays, "

@@ -17,7 +17,7 @@ import pyarrow.parquet as pq
 from pipeline import schema, storage
 from pipeline.config import InferConfig
 from pipeline.data.shards import Shard
-from pipeline.errors import ConfigError, StorageError
+from pipeline.errors import ConfigError, DamagedError
 from pipeline.inference.blocks import ReadSettings, Work
 from pipeline.inference.compaction import forget
 from pipeline.inference.ledger import Ledger, read_ledger, sweep, without_repeats
@@ -326,21 +326,23 @@ def recorded_shards(output: str) -> dict[str, tuple[int, str]]:
     """Size and etag of the shards by name when they were run; empty before the first run.
 
     Raises:
-        StorageError: the record is damaged.
+        DamagedError: the record can't be parsed.
     """
+    rows = _shard_record(output).select(["name", "num_bytes", "etag"]).to_pylist()
+    return {row["name"]: (row["num_bytes"], row["etag"]) for row in rows}
+
+
+def _shard_record(output: str) -> pa.Table:
     record = storage.join(output, "_run", "shards.parquet")
     if not storage.exists(record):
-        return {}
-    columns = ["name", "num_bytes", "etag"]
+        return SHARDS.empty_table()
     try:
         # Arrow's threads (26.0) may still hold a Python file when the interpreter ends, which aborts it.
-        file = pq.ParquetFile(io.BytesIO(storage.read_bytes(record)))
-        rows = file.read(columns=columns, use_threads=False).to_pylist()
+        return pq.ParquetFile(io.BytesIO(storage.read_bytes(record))).read(use_threads=False)
     except (pa.ArrowException, OSError) as error:
-        raise StorageError(
+        raise DamagedError(
             f"{record} is damaged ({error}). Delete this file, if no shard has changed since it was run"
         ) from error
-    return {row["name"]: (row["num_bytes"], row["etag"]) for row in rows}
 
 
 def limited(work: list[Work], limit: int) -> list[Work]:
@@ -357,10 +359,18 @@ def limited(work: list[Work], limit: int) -> list[Work]:
 
 
 def save_shards(plan: Plan) -> None:
-    """Record the input's shards with size and etag in `_run/shards.parquet`."""
+    """Record the input's shards with size and etag in `_run/shards.parquet`.
+
+    Shards with rows in the output that the input lacks now keep their record: they may come back changed.
+    """
     columns = {name: [getattr(shard, name) for shard in plan.shards] for name in SHARDS.names}
+    away = plan.ledger.codes.keys() - set(columns["name"])
+    before = _shard_record(plan.output) if away else SHARDS.empty_table()
+    kept = before.filter(pa.array([name in away for name in before["name"].to_pylist()], pa.bool_()))
     buffer = io.BytesIO()
-    pq.write_table(pa.table(columns, schema=SHARDS), buffer, compression="zstd")
+    pq.write_table(
+        pa.concat_tables([pa.table(columns, schema=SHARDS), kept.cast(SHARDS)]), buffer, compression="zstd"
+    )
     storage.write_atomic(storage.join(plan.output, "_run", "shards.parquet"), buffer.getvalue())
 
 

@@ -26,6 +26,8 @@ class Report:
     num_images: int
     """In the output, of all runs."""
     num_failed: int
+    num_failed_shards: int
+    """Shards that could not be read: of each, `num_failed` counts one row."""
     num_detections: int
     num_images_this_run: int
     num_failed_this_run: int
@@ -35,6 +37,7 @@ class Report:
     steady_images_per_second: float
     """Of the last three quarters of this run's images, so without its start."""
     num_detectors: int
+    """That took part."""
     steady_images_per_second_per_detector: float
     read_s: float
     """Seconds summed over all tasks: waiting for the store, decoding and resizing, detecting, publishing."""
@@ -83,13 +86,16 @@ def finish_report(
     counts, seconds = progress.counts, progress.seconds
     busy = counts.detect_s / max(progress.steady_seconds * num_detectors, 1e-9)
     publishing = counts.write_s / max(progress.steady_seconds * num_at_once, 1e-9)
-    failed_fraction = summary.num_failed / max(summary.num_images, 1)
+    allowed = config.max_failed_fraction
+    too_many = summary.num_failed > allowed * summary.num_images
+    too_many_shards = summary.num_failed_shards > allowed * len(plan.shards)
     report = Report(
         input=config.input,
         output=config.output,
         num_shards=len(plan.shards),
         num_images=summary.num_images,
         num_failed=summary.num_failed,
+        num_failed_shards=summary.num_failed_shards,
         num_detections=summary.num_detections,
         num_images_this_run=counts.images,
         num_failed_this_run=counts.failed,
@@ -111,7 +117,7 @@ def finish_report(
         confident_classes=dict(confident.most_common()),
         limited_by=limited_by(progress, busy, publishing),
         num_parts=len(parts),
-        over_budget=stopped or failed_fraction > config.max_failed_fraction,
+        over_budget=stopped or too_many or too_many_shards,
         stopped_early=stopped,
     )
     storage.write_atomic(
@@ -148,6 +154,22 @@ def limited_by(progress: Progress, busy: float, publishing: float) -> str:
     return f"Detectors were busy only {100 * busy:.0f} %: decoding limits, more CPU cores make it faster."
 
 
+def over_budget_text(report: Report, config: InferConfig) -> str:
+    """One line: what there was too much of."""
+    allowed = config.max_failed_fraction
+    if report.num_failed_shards > allowed * report.num_shards:
+        what = f"too many shards can't be read: {report.num_failed_shards:,} of {report.num_shards:,}"
+    elif report.stopped_early and not config.retry_failed:  # measured by its own images
+        what = (
+            f"too many images failed: {report.num_failed_this_run:,} of the "
+            f"{report.num_images_this_run:,} of this run"
+        )
+    else:
+        what = f"too many images failed: {report.num_failed:,} of {report.num_images:,}"
+    early = "; stopped early" if report.stopped_early else ""
+    return f"{what}, --max-failed-fraction allows {allowed:.1%}{early} (exit code 3)"
+
+
 def summary_text(report: Report) -> str:
     """The summary that a person reads at the end of a run."""
     done = report.num_images - report.num_failed
@@ -166,6 +188,8 @@ def summary_text(report: Report) -> str:
             f"  task seconds: read {report.read_s:,.0f}, decode {report.decode_s:,.0f}, "
             f"detect {report.detect_s:,.0f} (waited {report.wait_s:,.0f}), write {report.write_s:,.0f}"
         )
+    if report.num_failed_shards:
+        lines.append(f"  {report.num_failed_shards:,} of {report.num_shards:,} shards could not be read")
     for error, number in report.errors.items():
         lines.append(f"  failed: {error:<22} {number:>14,}")
     if report.num_retries:

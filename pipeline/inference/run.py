@@ -44,7 +44,7 @@ from pipeline.inference.report import Report, finish_report
 from pipeline.inference.sink import DetectAndPublish, Target
 from pipeline.model import checkpoint
 from pipeline.model.spec import ModelSpec
-from pipeline.results.parts import read_parts
+from pipeline.results.parts import part_names, read_parts
 from pipeline.runlog import Progress, logger
 
 MAX_PASSES = 5  # the run itself, and again for what is missing or was in flight when a process died
@@ -158,14 +158,16 @@ def run_plan(
     count = images_per_block(plan.settings, pool, spec)
     plan = replace(plan, settings=replace(plan.settings, images_per_block=count))
     logger.info("%s: starting %d detectors on %s ...", spec.architecture, pool.min_size, pool.device)
-    with monitoring(progress_of(plan), config, weights) as monitor:
+    with monitoring(progress_of(plan), config, weights, num_shards=len(plan.shards)) as monitor:
         try:
             run_passes(plan, spec, pool, config, lock, monitor, detector)
             over_budget = False
         except BudgetError:
             over_budget = True
         progress: Progress = ray.get(monitor.progress.remote())
-    return Outcome(progress, pool.max_size, pool.max_size * BLOCKS_AT_ONCE[pool.device], over_budget)
+    # Of a pool that may grow, those that took part; those of a later pass stand for those of the one before.
+    num_detectors = min(max(pool.min_size, len(progress.counts.detectors)), pool.max_size)
+    return Outcome(progress, num_detectors, num_detectors * BLOCKS_AT_ONCE[pool.device], over_budget)
 
 
 # ---- the chain ---------------------------------------------------------------------------------------
@@ -336,10 +338,9 @@ def _last_line(error: BaseException) -> str:
 
 def still_missing(plan: Plan, own: str) -> list[Work]:
     """What of the plan has no row yet; parts of dead writers of other runs don't count."""
-    known = {part.name for part in plan.known}
-    parts = [part for part in read_parts(plan.output) if part.name in known or part.name.startswith(own)]
-    before = {part.name for part in plan.known} if plan.round else set()
-    parts = [part for part in parts if part.name not in before]
+    before = set() if plan.round else {part.name for part in plan.known}
+    names = part_names(plan.output, "images")
+    parts = read_parts(plan.output, {name for name in names if name in before or name.startswith(own)})
     ledger = read_ledger(plan.output, parts)
     if ledger.num_rows > len(ledger.keys):  # a writer of a pass that was broken off came late
         ledger = read_ledger(plan.output, without_repeats(plan.output, parts))

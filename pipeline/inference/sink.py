@@ -77,6 +77,7 @@ def write_part(block: pa.Table, *, target: Target, monitor: Any) -> pa.Table:
         counts,
         write_s=time.perf_counter() - start,
         num_retries=counts.num_retries + storage.take_retries(),
+        detectors=frozenset([ray.get_runtime_context().get_actor_id() or ""]),
     )
     if ray.get(monitor.add.remote(name, counts)):
         raise BudgetError("too many images failed")
@@ -103,13 +104,15 @@ def count(block: pa.Table, boxes: pa.Table) -> Counts:
         for row in block.select(["shard", "shard_size", "image_id"]).to_pylist()
         if row["image_id"] != row["shard"]  # a loose image, or a shard that failed as a whole
     }
+    stats: dict[str, Any] = {name: float(block[name].to_numpy().sum()) for name in STATS}
     return Counts(
         images=len(block),
         failed=errors.total(),
+        failed_shards=int((block["shard_index"].to_numpy() == -1).sum()),
         detections=len(boxes),
         bytes=int(block["num_bytes"].to_numpy().sum()),
         classes=Counter(boxes["class_name"].to_pylist()),
         errors=errors,
         shard_sizes=sizes,
-        **{name: float(block[name].to_numpy().sum()) for name in STATS},
+        **stats,
     )

@@ -6,6 +6,7 @@ one part.
 
 from collections import Counter
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import numpy as np
@@ -14,7 +15,7 @@ import pyarrow.parquet as pq
 
 from pipeline import schema, storage
 from pipeline.data.shards import Shard, list_shards
-from pipeline.errors import DamagedError
+from pipeline.errors import DamagedError, StorageError
 from pipeline.inference.ledger import Ledger, read_ledger
 from pipeline.inference.plan import recorded_shards
 from pipeline.results.parts import Part, counting, part_names, read_parts, reading
@@ -42,8 +43,24 @@ def verify(input_uri: str, output: str) -> Proof:
 
     Raises:
         ConfigError: no input, or parts of another schema version.
+        StorageError: a run changes the output meanwhile.
     """
     shards = list_shards(input_uri)
+    with _standing_still(output):
+        return _prove(shards, output)
+
+
+@contextmanager
+def _standing_still(output: str) -> Iterator[None]:
+    try:
+        yield
+    except FileNotFoundError as error:
+        raise StorageError(
+            f"a file of {output} was deleted meanwhile: a run is at work there; wait for its end"
+        ) from error
+
+
+def _prove(shards: Sequence[Shard], output: str) -> Proof:
     names = part_names(output, "images")
     parts, damaged = _described(output, names)
     problems = [

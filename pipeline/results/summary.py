@@ -21,6 +21,8 @@ class Summary:
 
     num_images: int
     num_failed: int
+    num_failed_shards: int
+    """Shards that could not be read: one failed row each."""
     num_empty: int
     """Images that went well and have no box."""
     num_detections: int
@@ -51,12 +53,13 @@ def summarise(uri: str | Path) -> Summary:
     """
     output = open_output(uri)
     images, failures = Counter[str](), Counter[tuple[str, str]]()
-    columns = ["status", "error_stage", "error_type", "num_bytes", "num_detections"]
+    columns = ["shard_index", "status", "error_stage", "error_type", "num_bytes", "num_detections"]
     for batch in read_batches(output, "images", columns, None):
         # In Arrow: frames of pandas raised the peak of the driver, which counts a million images here.
         well = batch.filter(pc.equal(batch["status"], "ok"))  # type: ignore[attr-defined]
         failed = batch.filter(pc.equal(batch["status"], "failed"))  # type: ignore[attr-defined]
         images.update(all=len(batch), failed=len(failed))
+        images.update(failed_shards=int((batch["shard_index"].to_numpy() == -1).sum()))
         images.update(empty=int((well["num_detections"].to_numpy() == 0).sum()))
         images.update(bytes=int(batch["num_bytes"].to_numpy().sum()))
         failures.update(zip(failed["error_stage"].to_pylist(), failed["error_type"].to_pylist(), strict=True))
@@ -74,6 +77,7 @@ def summarise(uri: str | Path) -> Summary:
     return Summary(
         num_images=images["all"],
         num_failed=images["failed"],
+        num_failed_shards=images["failed_shards"],
         num_empty=images["empty"],
         num_detections=int(histogram.sum()),
         num_bytes=images["bytes"],

@@ -427,6 +427,26 @@ def test_repeated_and_missing_ids_are_still_unique(tmp_path):
     assert ids(rows) == ["p.parquet/7", "p.parquet/1", "p.parquet/7#2", "p.parquet/1#2"]
 
 
+def not_utf8(*values):
+    """Texts in Latin-1, as writers in C++ let them through."""
+    return pa.Array.from_buffers(
+        pa.string(), len(values), pa.array([v.encode("latin-1") for v in values], pa.binary()).buffers()
+    )
+
+
+def test_ids_that_are_not_utf8_are_an_error_of_the_shard(tmp_path):
+    pq.write_table(pa.table({"image": [b"1", b"2"], "id": not_utf8("a", "ü")}), tmp_path / "p.parquet")
+    with pytest.raises(ShardError, match=r"p\.parquet: not a readable Parquet file"):
+        list(read_shard(shard_of(tmp_path / "p.parquet", "parquet"), id_column="id"))
+
+
+def test_an_annotation_that_is_not_utf8_is_none_and_its_image_stays(tmp_path):
+    notes = not_utf8('{"k": 1}', '{"k": "ü"}', '{"k": 3}')
+    pq.write_table(pa.table({"image": [b"1", b"2", b"3"], "annotation": notes}), tmp_path / "p.parquet")
+    rows = list(read_shard(shard_of(tmp_path / "p.parquet", "parquet")))
+    assert [(row.data, row.annotation) for row in rows] == [(b"1", {"k": 1}), (b"2", None), (b"3", {"k": 3})]
+
+
 def test_structs_of_bytes_are_images(tmp_path):
     images = pa.array([{"bytes": b"one", "path": "a.jpg"}, {"bytes": None, "path": "b.jpg"}, None])
     pq.write_table(pa.table({"label": [1, 2, 3], "image": images}), tmp_path / "p.parquet")

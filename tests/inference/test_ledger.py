@@ -270,6 +270,17 @@ def test_compaction_that_dies_before_deleting_is_finished_by_the_next_sweep(outp
     assert len(naive(output, "images")) == 3
 
 
+def test_compaction_deletes_nothing_where_a_part_has_the_name_of_its_result(output, lock):
+    """As after somebody deleted the lock files: runs are numbered from 1 again."""
+    publish(output, lock, "part-r0001.c00000.parquet", [("x.tar", 0, 2, "ok", 2)])
+    publish(output, lock, "part-r0001.0-000000.parquet", [("x.tar", 1, 2, "ok", 2)])
+    before = read_parts(output)
+    with pytest.raises(StorageError, match="exists already"):
+        compaction.compact(output, before, "r0001", superseded=False, lock=lock.ref)
+    assert read_parts(output) == before
+    assert (len(naive(output, "images")), len(naive(output, "detections"))) == (2, 4)
+
+
 def test_rows_of_a_later_round_replace_older_ones(output, lock):
     publish(output, lock, "part-0.parquet", [("x.tar", 0, 2, "ok", 2), ("x.tar", 1, 2, "failed", 0)])
     publish(output, lock, "part-1.parquet", [("x.tar", 1, 2, "ok", 3)], round=1)

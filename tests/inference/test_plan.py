@@ -22,10 +22,11 @@ from pipeline.inference.plan import (
     limited,
     make_plan,
     read_settings,
+    recorded_shards,
     run_fingerprint,
     save_shards,
 )
-from pipeline.inference.run import Pool, images_per_block
+from pipeline.inference.run import Pool, images_per_block, still_missing
 from pipeline.model.ssd import build_model
 from pipeline.results import load_detections, load_images
 from tests.outputs import box, failed_image, image, write_part
@@ -166,6 +167,39 @@ def test_a_changed_shard_is_refused_until_it_is_redone_and_then_only_its_own_row
     assert [work.shard.name for work in plan().work] == ["a.tar"]
     save_shards(again)
     assert [work.shard.name for work in plan().work] == ["a.tar"]
+
+
+def test_a_shard_that_was_away_for_a_run_and_comes_back_changed_is_refused(tmp_path):
+    source, output = tmp_path / "in", tmp_path / "out"
+    source.mkdir()
+    for name in "abc":
+        (source / f"{name}.tar").write_bytes(b"first")
+    write_part(output, "part-0", [image("b.tar/0.jpg", shard="b.tar", shard_size=1)], [])
+    save_shards(planned(source, output))
+    for name in "bc":
+        (source / f"{name}.tar").unlink()
+    for _ in range(2):
+        save_shards(planned(source, output))
+    assert sorted(recorded_shards(str(output))) == ["a.tar", "b.tar"]  # c.tar has no row that could be old
+    for name in "bc":
+        (source / f"{name}.tar").write_bytes(b"another content")
+    with pytest.raises(ConfigError, match=r"1 shards changed .*b\.tar"):
+        planned(source, output)
+    save_shards(planned(source, output, redo_changed=True))
+    assert sorted(recorded_shards(str(output))) == ["a.tar", "b.tar", "c.tar"]
+
+
+def test_what_a_dead_run_writes_meanwhile_is_not_even_opened_to_see_what_is_missing(tmp_path):
+    """It may be gone by then: its writer takes it back."""
+    source, output = tmp_path / "in", tmp_path / "out"
+    source.mkdir()
+    for name in "abc":
+        (source / f"{name}.tar").write_bytes(b"content")
+    write_part(output, "part-r0001.0-000000", [image("a.tar/0.jpg", shard="a.tar", shard_size=1)], [])
+    plan = planned(source, output)
+    write_part(output, "part-r0007.0-000000", [image("b.tar/0.jpg", shard="b.tar", shard_size=1)], [])
+    (output / "images" / "part-r0006.0-000000.parquet").write_bytes(b"on its way")
+    assert [work.shard.name for work in still_missing(plan, "part-r0007.")] == ["c.tar"]
 
 
 def test_a_part_of_changed_shards_alone_leaves_an_empty_one(tmp_path):

@@ -1,6 +1,12 @@
 """The sentence that names what limited a run."""
 
-from pipeline.inference.report import limited_by
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+from pipeline.config import InferConfig
+from pipeline.inference.report import limited_by, over_budget_text
 from pipeline.runlog import Counts, Progress
 
 
@@ -43,3 +49,25 @@ def test_with_parts_that_wait_for_the_store_the_output_is_the_limit():
     slow = run(start_s=5.0, steady_s=10.0, decode_s=9.0, write_s=35.0)
     sentence = limited_by(slow, busy=0.3, publishing=0.9)
     assert sentence.endswith("busy only 30 %, and waited for 35 s of writing: the output's store limits.")
+
+
+@pytest.mark.parametrize(
+    ("changes", "retry", "said"),
+    [
+        ({}, False, "too many images failed: 30 of 200, "),
+        ({"stopped_early": True}, False, "too many images failed: 20 of the 100 of this run, "),
+        ({"stopped_early": True}, True, "too many images failed: 30 of 200, "),
+        ({"num_failed_shards": 2}, False, "too many shards can't be read: 2 of 10, "),
+    ],
+)
+def test_a_run_over_its_budget_says_what_there_was_too_much_of(changes, retry, said):
+    counts: dict[str, Any] = {
+        "num_images": 200, "num_failed": 30, "num_images_this_run": 100, "num_failed_this_run": 20,
+        "num_shards": 10, "num_failed_shards": 1, "stopped_early": False,
+    }  # fmt: skip
+    report: Any = SimpleNamespace(**counts | changes)
+    early = "; stopped early" if report.stopped_early else ""
+    config = InferConfig(input="in", output="out", retry_failed=retry)
+    assert over_budget_text(report, config) == (
+        f"{said}--max-failed-fraction allows 10.0%{early} (exit code 3)"
+    )

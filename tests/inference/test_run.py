@@ -115,7 +115,8 @@ def test_every_image_of_every_kind_of_input_has_one_row(folders):
     assert (sizes["nunique"] == 1).all()
     assert (sizes["first"] == sizes["size"]).all()
     assert images.num_detections.sum() == len(load_detections(target))
-    assert (report.num_images, report.num_failed) == (107, 4)
+    assert (report.num_images, report.num_failed, report.num_failed_shards) == (107, 4, 1)
+    assert report.over_budget  # 4 % of the images, but one of four shards
     assert verify(str(source), str(target)).problems == []
 
 
@@ -383,6 +384,18 @@ def test_too_many_failures_end_the_run_early_and_say_so(folders):
     assert 1000 <= report.num_images < 4200
 
 
+def test_too_many_shards_that_can_not_be_read_end_the_run_early(folders):
+    """However many images the others hold: a row for a shard is not what its images are."""
+    source, target = folders
+    make_tar_shard(source / "a.tar", {f"{i}.jpg": b"" for i in range(2)})
+    cut = make_tar([(f"{i}.jpg", make_jpeg()) for i in range(4)])[:-11000]
+    for number in range(300):
+        (source / f"{number:03}.tar").write_bytes(cut)
+    report = run(source, target, max_failed_fraction=0.2)
+    assert report.stopped_early
+    assert 60 < report.num_failed_shards < 300
+
+
 def test_a_few_failures_are_over_a_small_budget_only_at_the_end(folders):
     source, target = folders
     make_tar_shard(source / "x.tar", {"a.jpg": make_jpeg(), "b.jpg": b"broken"})
@@ -473,11 +486,15 @@ def test_a_detector_killed_in_a_batch_loses_and_repeats_nothing(folders, tmp_pat
     assert tables(killed) == tables(target)
 
 
-def test_a_monitor_that_is_killed_ends_the_run_in_one_line_and_the_next_one_goes_on(folders):
+@pytest.mark.parametrize("when", ["a detector starts", "a detector works"])
+def test_a_monitor_that_is_killed_ends_the_run_in_one_line_and_the_next_one_goes_on(folders, when):
     class KillingDetector(fakes.FakeDetector):
         def __init__(self, monitor: Any = None, **settings):
             super().__init__(monitor, **settings)
             self.monitor = monitor
+            if when == "a detector starts":
+                ray.kill(monitor)
+                ray.get(monitor.weights.remote())
 
         def __call__(self, block):
             ray.kill(self.monitor)
@@ -492,10 +509,18 @@ def test_a_monitor_that_is_killed_ends_the_run_in_one_line_and_the_next_one_goes
     assert verify(str(source), str(target)).problems == []
 
 
+def test_detectors_that_a_pool_might_have_had_are_not_counted(folders):
+    """`--max-detectors` may reach beyond what the cluster has."""
+    source, target = folders
+    make_tar_shard(source / "x.tar", 10)
+    assert run(source, target, max_detectors=4).num_detectors == 1
+
+
 def test_the_report_says_what_the_tables_say(folders):
     source, target = folders
     make_tar_shard(source / "x.tar", 10)
     report = run(source, target)
+    assert report.num_detectors == 2
     assert json.loads((target / "_run/report.json").read_text()) == dataclasses.asdict(report)
     boxes = load_detections(target)
     assert report.num_detections == len(boxes)

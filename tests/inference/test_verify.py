@@ -10,7 +10,7 @@ from pipeline.errors import StorageError
 from pipeline.inference import ledger
 from pipeline.inference.lock import Lock
 from pipeline.inference.verify import proof_text, verify
-from pipeline.results.parts import read_parts
+from pipeline.results.parts import part_names, read_parts
 from tests.inference.test_ledger import publish
 
 NUM_BOXES = 400
@@ -95,6 +95,28 @@ def test_every_damaged_footer_is_named(folders):
     for name in ("x", "y"):
         cut(images_part(folders, name))
     assert sum("can't be read" in line for line in problems(folders)) == 2
+
+
+def test_a_damaged_record_of_the_shards_is_one_problem_beside_others(folders):
+    record = folders[1] / "_run" / "shards.parquet"
+    record.write_bytes(b"PAR1")
+    boxes_part(folders).unlink()
+    found = problems(folders)
+    assert len(found) == 2
+    assert f"{record} is damaged" in found[1]
+
+
+def test_an_output_whose_parts_go_meanwhile_is_not_called_incomplete(folders, monkeypatch):
+    """As a run does that merges them: they are listed, and gone when they are read."""
+
+    def listed(output, table):
+        names = part_names(output, table)
+        images_part(folders).unlink(missing_ok=True)
+        return names
+
+    monkeypatch.setattr("pipeline.inference.verify.part_names", listed)
+    with pytest.raises(StorageError, match="a run is at work there"):
+        problems(folders)
 
 
 def test_readers_of_the_ledger_say_which_part_is_damaged(folders):
