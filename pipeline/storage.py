@@ -236,15 +236,16 @@ def read_ranges(uri: str, places: Sequence[tuple[int, int]]) -> list[bytes]:
         StorageError: the file can't be read after the retries, or is shorter than that.
     """
     fs, path = split(uri)
-    starts = [offset for offset, _ in places]
-    ends = [offset + size for offset, size in places]
+    starts = [offset for offset, size in places if size]  # a range of no bytes can't be asked for
+    ends = [offset + size for offset, size in places if size]
 
     def read() -> list[bytes]:
         if is_local(uri):
             with open(path, "rb") as file:
                 pieces = [os.pread(file.fileno(), size, offset) for offset, size in places]
         else:
-            pieces = cast("list[bytes]", fs.cat_ranges([path] * len(places), starts, ends, on_error="raise"))
+            found = iter(fs.cat_ranges([path] * len(starts), starts, ends, on_error="raise"))
+            pieces = [cast("bytes", next(found)) if size else b"" for _, size in places]
         for piece, (offset, size) in zip(pieces, places, strict=True):
             if len(piece) < size:
                 raise TruncatedError(f"{size} bytes wanted at {offset:,}, only {len(piece)} are there")

@@ -173,6 +173,13 @@ def test_a_file_that_goes_while_its_folder_is_listed_costs_no_other_one(tmp_path
     assert found == set("abcdef") - set(lost)
 
 
+def test_pieces_of_a_file_come_in_the_order_asked_for_empty_ones_too(folder):
+    storage.write_atomic(f"{folder}/x", b"0123456789")
+    wanted = [(4, 3), (2, 0), (0, 2), (10, 0)]
+    assert storage.read_ranges(f"{folder}/x", wanted) == [b"456", b"", b"01", b""]
+    assert storage.read_ranges(f"{folder}/x", [(0, 0)]) == [b""]
+
+
 def test_a_missing_bucket_is_named(monkeypatch, s3):
     for name, value in s3.items():
         monkeypatch.setenv(name, value)

@@ -1,10 +1,10 @@
 """Training-time augmentation in the order of the authors' Caffe code: distort, expand, crop, resize, flip.
 
 Each step takes a `Sample` and a random generator and returns a new `Sample`. The first three only decide:
-they move the window that is looked at and note how colours will change. So `expand` never builds its canvas
-of up to sixteen times the image, and nobody pays for pixels that `crop` throws away. `resize` then touches
-each visible pixel once. The result is the same: colour changes act on single pixels, so they commute with
-cropping.
+they move the window that is looked at and note how colours will change. So nobody pays for pixels that
+`crop` throws away: of the canvas of `expand`, up to sixteen times the image, only what is left of it is built
+(all of it, 3 bytes a pixel, where `crop` keeps the whole). `resize` then touches each visible pixel once. The
+result is the same: colour changes act on single pixels, so they commute with cropping.
 
 Sources: SSD section 2.2 "Data augmentation", and weiliu89/caffe, branch ssd: examples/ssd/ssd_pascal.py,
 src/caffe/util/sampler.cpp, src/caffe/util/im_transforms.cpp, src/caffe/layers/annotated_data_layer.cpp.

@@ -31,21 +31,15 @@ def read_coco(images_uri: str, annotations_uri: str) -> Source:
         boxes: dict[int, list[SourceBox]] = {entry["id"]: [] for entry in entries}
         for entry in coco_entries(data, "annotations", ("image_id", "category_id"), where):
             boxes.setdefault(entry["image_id"], []).append(_coco_box(entry, names, annotations_uri))
-        listed = [(entry["file_name"].replace("\\", "/"), entry) for entry in entries]
+        names_of = [entry["file_name"].replace("\\", "/") for entry in entries]
+        sizes = [(int(entry.get("width") or 0), int(entry.get("height") or 0)) for entry in entries]
     except (ValueError, TypeError, KeyError, AttributeError) as error:
         raise ConfigError(f"{where} is no COCO instances file: {type(error).__name__} {error}") from error
-    _refuse_strangers(boxes.keys() - {entry["id"] for _, entry in listed}, annotations_uri)
-    found = _find_images(files, [name for name, _ in listed], images_uri)
+    _refuse_strangers(boxes.keys() - {entry["id"] for entry in entries}, annotations_uri)
+    found = _find_images(files, names_of, images_uri)
     images = [
-        SourceImage(
-            name,
-            files[name],
-            int(entry.get("width") or 0),
-            int(entry.get("height") or 0),
-            tuple(boxes[entry["id"]]),
-            entry["id"],
-        )
-        for name, (_, entry) in zip(found, listed, strict=True)
+        SourceImage(name, files[name], width, height, tuple(boxes[entry["id"]]), entry["id"])
+        for name, (width, height), entry in zip(found, sizes, entries, strict=True)
     ]
     shift = 1 if 0 in names else 0
     return Source(

@@ -87,7 +87,10 @@ def _split_keys(annotations_uri: str, split: str, uris: Mapping[str, str]) -> li
     if not storage.exists(uri):
         known = sorted(posixpath.splitext(name)[0] for name in storage.list_names(folder))
         raise ConfigError(f"--split {split}: no {uri} (there are: {', '.join(known) or 'none'})")
-    lines = storage.read_bytes(uri).decode().splitlines()
+    try:
+        lines = storage.read_bytes(uri).decode().splitlines()
+    except UnicodeDecodeError as error:
+        raise ConfigError(f"--split {split}: {uri} is no UTF-8 text ({error})") from error
     names = [line.strip() for line in lines if line.strip()]
     keys = [name if name in uris else re.sub(r"\s+-?[01]$", "", name) for name in names]
     missing = [key for key in keys if key not in uris]
@@ -113,7 +116,7 @@ class _Xml:
 def _parse_xml(uri: str) -> _Xml:
     try:
         root = ElementTree.fromstring(storage.read_bytes(uri))
-    except ElementTree.ParseError as error:
+    except (ElementTree.ParseError, ValueError, LookupError) as error:  # the latter: encodings
         raise ConfigError(f"{uri}: no XML ({error})") from error
     if root.tag != "annotation":
         raise ConfigError(f"{uri}: no VOC annotation (the root element is {root.tag})")

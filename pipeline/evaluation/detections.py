@@ -3,6 +3,7 @@
 import gzip
 import json
 import posixpath
+import zlib
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
@@ -94,7 +95,7 @@ def open_detections(
         ConfigError: nothing there, of another data set, or only a part of it and `partial` is not set.
     """
     if uri.endswith((".json", ".json.gz")):
-        return _open_results(uri, truth), truth
+        return _open_results(uri, truth, partial=partial), truth
     images = match_images(uri, truth)
     num_missing = int((~images.processed).sum())
     if num_missing and not partial:
@@ -118,8 +119,8 @@ def open_detections(
     return OutputFolder(uri, images, known, unknown), truth
 
 
-def _open_results(uri: str, truth: GroundTruth) -> ResultsFile:
-    """Read `[{image_id, category_id, bbox, score}, ...]`."""
+def _open_results(uri: str, truth: GroundTruth, *, partial: bool) -> ResultsFile:
+    """Read `[{image_id, category_id, bbox, score}, ...]`; `partial`: those of other images are left out."""
     if truth.coco_ids is None:
         raise ConfigError(f"{uri} names images by COCO ids, so --annotations must be a COCO file too")
     data = storage.read_bytes(uri)
@@ -129,12 +130,13 @@ def _open_results(uri: str, truth: GroundTruth) -> ResultsFile:
         labels = np.array([row["category_id"] for row in rows], np.int32)
         boxes_xywh = np.array([row["bbox"] for row in rows], np.float64).reshape(-1, 4)
         scores = np.array([row["score"] for row in rows], np.float64)
-    except (KeyError, TypeError, ValueError, OSError) as error:
+    except (KeyError, TypeError, ValueError, OSError, EOFError, zlib.error) as error:
         raise ConfigError(f"{uri} is no COCO results file: {type(error).__name__} {error}") from error
     known = np.isin(coco_ids, truth.coco_ids)
-    if not known.all():
+    if not known.all() and not (partial and known.any()):
         strange = coco_ids[~known][0]
         raise ConfigError(f"{uri}: image {strange} is not in the annotations; are they of the same data set?")
+    coco_ids, labels, boxes_xywh, scores = (rows[known] for rows in (coco_ids, labels, boxes_xywh, scores))
     annotated = np.isin(labels, list(truth.class_names))
     order = np.argsort(truth.coco_ids)
     index = order[np.searchsorted(truth.coco_ids[order], coco_ids)].astype(np.int32)

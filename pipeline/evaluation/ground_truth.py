@@ -170,6 +170,6 @@ def _from_shards(uri: str) -> GroundTruth:
             image_ids.append(raw.image_id)
             coco_ids.append(found.image_id)
     known = [number for number in coco_ids if number is not None]
-    usable = len(set(known)) == len(image_ids)
+    usable = len(set(known)) == len(image_ids) and all(isinstance(number, int) for number in known)
     class_names = dict(zip(classes.ids, classes.names, strict=True))
     return _ground_truth(image_ids, class_names, rows, known if usable else None)

@@ -105,7 +105,7 @@ def measure_run(config: EvaluateConfig) -> Report:
     runs = [
         measure(
             truth,
-            open_detections(uri, truth)[0],
+            open_detections(uri, truth, partial=config.partial)[0],
             metric=config.metric,
             score_threshold=config.score_threshold,
             distributed=config.distributed,

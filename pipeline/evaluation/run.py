@@ -9,6 +9,7 @@ from typing import Literal
 
 import numpy as np
 
+from pipeline.errors import own_error
 from pipeline.evaluation.average_precision import all_point_ap, coco_ap, precision_recall, voc07_ap
 from pipeline.evaluation.boxsets import GroundTruth
 from pipeline.evaluation.coco import CocoCurves, coco_curves, join
@@ -161,10 +162,16 @@ def _on_ray(
     truth: GroundTruth, source: ResultsFile | OutputFolder, groups: list[list[int]], metric: Metric
 ) -> list[Measured]:
     import ray  # only here: measuring on one machine doesn't wait for it
+    import ray.exceptions
 
     from pipeline.runtime import start_ray
 
     start_ray()
     task = ray.remote(num_cpus=1)(_measure_group)
     shared = ray.put(truth), ray.put(source)
-    return ray.get([task.remote(*shared, labels, metric) for labels in groups])
+    try:
+        return ray.get([task.remote(*shared, labels, metric) for labels in groups])
+    except ray.exceptions.RayTaskError as error:
+        if ours := own_error(error):
+            raise ours from None
+        raise

@@ -140,6 +140,7 @@ def with_fitted_priors(model: SSD, table: pa.Table, config: TrainConfig) -> SSD:
     """The model with default boxes for the objects of the index, where `--priors` wants them so."""
     if config.priors != "fitted" and not (config.priors == "auto" and _adapts(config)):
         return model
+    table = table.filter(pc.and_(pc.greater(table["width"], 0), pc.greater(table["height"], 0)))  # known  # type: ignore[attr-defined]
     boxes_G4 = _of_objects(table, "boxes").reshape(-1, 4)
     counts = pc.list_value_length(table["labels"]).to_numpy()  # type: ignore[attr-defined]
     images_N2 = np.stack([table["width"].to_numpy(), table["height"].to_numpy()], axis=1)
@@ -189,10 +190,14 @@ def _vgg16_layers(init: str) -> Mapping[str, Tensor] | None:
     except SafetensorError:
         import io
         import pickle
+        import struct
 
         try:
             state = torch.load(io.BytesIO(data), map_location="cpu", weights_only=True)
-        except (RuntimeError, pickle.UnpicklingError, EOFError, ValueError):
+        except (
+            *(RuntimeError, pickle.UnpicklingError, EOFError, OSError, struct.error, ValueError, TypeError),
+            *(LookupError, AttributeError, AssertionError, OverflowError),  # damaged bytes lead anywhere
+        ):
             return None  # load_checkpoint says what it is
     if not isinstance(state, dict) or not {"features.28.weight", "28.weight"} & state.keys():
         return None

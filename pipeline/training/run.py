@@ -208,7 +208,7 @@ def fit(prepared: Prepared, *, started: float) -> Position:
     plan, config = prepared.plan, prepared.plan.config
     runtime.configure_data(block_bytes=BLOCK_BYTES)
     before = last_position(config.output)
-    if before.step >= plan.num_steps:
+    if before.step >= plan.num_steps or before.validated_progress >= 1:
         return before  # stopped after its last checkpoint
     if before.step:
         logger.info("going on after step %d of %d", before.step, plan.num_steps)
@@ -267,7 +267,7 @@ def fit(prepared: Prepared, *, started: float) -> Position:
 
 def _batches(rows: Any, plan: Plan, pace: Any) -> Dataset:
     """Ray Train calls this whenever it starts the workers: after a failure the data go on where they do."""
-    first = last_position(plan.config.output).step
+    first = min(last_position(plan.config.output).step, plan.num_steps - 1)  # Ray Data can't read nothing
     return batches(rows, plan, first=first, pace=pace)
 
 

@@ -94,13 +94,14 @@ class Batch:
         )
 
 
-def load_batch(picks: Sequence[Pick], index: pa.Table, settings: SampleSettings) -> Batch:
+def load_batch(picks: Sequence[Pick], index: pa.Table, settings: SampleSettings, *, tries: int = 16) -> Batch:
     """Fetch, decode and augment the images of a batch.
 
-    An image that can't be decoded is named in `failures`, and the next good one of the batch stands in.
+    An image that can't be decoded is named in `failures`, and the next good one of the batch stands in. Where
+    none is good (a batch may be one image), the rows after them in the index do, up to `tries` times.
 
     Raises:
-        ImageError: none of the batch can be decoded.
+        ImageError: none of all these can be decoded.
         StorageError: a shard can't be read.
     """
     rows = index.take([pick.sample for pick in picks]).to_pylist()
@@ -114,6 +115,10 @@ def load_batch(picks: Sequence[Pick], index: pa.Table, settings: SampleSettings)
             failures.append(f"{row['image_id']}: {error}")
             samples.append(None)
     good = [i for i, sample in enumerate(samples) if sample is not None]
+    if not good and tries:
+        after = [Pick(pick.epoch, (pick.sample + 1) % len(index)) for pick in picks]
+        batch = load_batch(after, index, settings, tries=tries - 1)
+        return replace(batch, failures=(*failures, *batch.failures))
     if not good:
         raise ImageError(f"no image of a whole batch can be decoded: {'; '.join(failures[:3])}")
     chosen = [i if samples[i] is not None else min(good, key=lambda g: (g < i, g)) for i in range(len(rows))]

@@ -3,6 +3,7 @@
 With several workers all decisions that depend on a clock are the first worker's.
 """
 
+import math
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, field
@@ -111,7 +112,8 @@ def run_steps(
     """
     interval = Interval(clock())
     saved_s = clock()
-    progress = 0.0
+    first, fastest_s = position.step, math.inf  # seconds for an image
+    progress = position.validated_progress  # 1 where the run had come to its end
     while progress < 1:
         progress, unsaved_s = agree(_progress(schedule, position, clock()), clock() - saved_s, learner.device)
         waiting = time.perf_counter()
@@ -123,22 +125,24 @@ def run_steps(
         result = learner.step(batch, progress=progress)
         position.step += 1
         num_images = len(batch.image_ids) * learner.world_size
-        if not position.num_validations:
-            per_image_s = (time.perf_counter() - began) / num_images
-            position.validation_s = FORWARD_SHARE * per_image_s * schedule.num_val_images
+        fastest_s = min(fastest_s, (time.perf_counter() - began) / num_images)
+        if not position.num_validations and position.step > first + 1:  # a single slow step says nothing
+            position.validation_s = FORWARD_SHARE * fastest_s * schedule.num_val_images
         _note_failures(batch, position, outlets)
         interval.add(result, num_images, waited_s)
         ends = progress >= 1
         validates = ends or _validation_is_due(schedule, position, progress, learner.device, clock())
-        if ends or validates or clock() - interval.began_s >= schedule.log_s:
+        reports = ends or validates or clock() - interval.began_s >= schedule.log_s
+        if reports:
             outlets.log(interval.line(schedule, position, clock()))
             outlets.chart(interval.numbers(clock()), position.step)
-            interval = Interval(clock())
         is_best = validates and _validate(learner, position, outlets, progress, clock)
         if validates or _checkpoint_is_due(schedule, position.step, unsaved_s):
             position.elapsed_s = clock()
             outlets.save(learner, position, is_best)
             saved_s = clock()
+        if reports:
+            interval = Interval(clock())  # without the validation: the speed is that of the steps
     return position
 
 

@@ -232,6 +232,32 @@ def test_voc_folders_that_do_not_fit_are_refused_in_one_line(tmp_path):
     assert "gone.xml: no VOC annotation" in refused()
 
 
+@pytest.mark.parametrize("encoding", ["gb2312", "no-such-code"])
+def test_an_xml_file_in_an_encoding_that_is_not_read_is_named(tmp_path, encoding):
+    make_images(tmp_path / "JPEGImages", "a.jpg")
+    path = tmp_path / "Annotations" / "a.xml"
+    make_xml(path, voc_object())
+    path.write_text(f'<?xml version="1.0" encoding="{encoding}"?>{path.read_text()}')
+    with pytest.raises(ConfigError, match=r"a\.xml: no XML"):
+        read_voc(str(tmp_path))
+
+
+def test_a_split_that_is_no_text_is_named(tmp_path):
+    make_images(tmp_path / "JPEGImages", "a.jpg")
+    make_xml(tmp_path / "Annotations" / "a.xml", voc_object())
+    (tmp_path / "ImageSets" / "Main").mkdir(parents=True)
+    (tmp_path / "ImageSets" / "Main" / "train.txt").write_bytes("ü".encode("latin-1"))
+    with pytest.raises(ConfigError, match=r"train\.txt is no UTF-8 text"):
+        read_voc(str(tmp_path), split="train")
+
+
+def test_a_coco_size_that_is_no_number_is_refused_in_one_line(tmp_path):
+    images = make_images(tmp_path / "in", "a.jpg")
+    path = make_coco(tmp_path / "a.json", [coco_image(1, "a.jpg") | {"width": "640px"}], [])
+    with pytest.raises(ConfigError, match="is no COCO instances file: ValueError"):
+        read_coco(images, path)
+
+
 def test_bccd_has_its_two_empty_boxes():
     source = read_voc(str(shared("data/bccd")))
 

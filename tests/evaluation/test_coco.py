@@ -130,6 +130,45 @@ def test_a_file_that_is_not_coco_is_refused_in_one_line(tmp_path, content):
         read_ground_truth(str(tmp_path / "a.json"))
 
 
+@pytest.mark.parametrize("size", [5, 40, -4])
+def test_a_cut_or_damaged_results_file_is_refused_in_one_line(tmp_path, size):
+    content = bytearray(
+        gzip.compress(b'[{"image_id": 0, "category_id": 1, "bbox": [0, 0, 1, 1], "score": 1}]')
+    )
+    if size == 40:
+        content[30] ^= 255
+    else:
+        content = content[:size]
+    (tmp_path / "r.json.gz").write_bytes(content)
+    annotated = read_ground_truth(coco_file(tmp_path, 1))
+    with pytest.raises(ConfigError, match="no COCO results file"):
+        open_detections(str(tmp_path / "r.json.gz"), annotated)
+
+
+def coco_file(folder, num_images):
+    data = {
+        "images": [{"id": i, "file_name": f"{i}.jpg"} for i in range(num_images)],
+        "categories": [{"id": 1, "name": "dog"}],
+        "annotations": [],
+    }
+    (folder / "truth.json").write_text(json.dumps(data))
+    return str(folder / "truth.json")
+
+
+def test_results_of_images_that_are_left_out_are_left_out_on_request(tmp_path):
+    """As where the other run of a comparison has a part of the images alone."""
+    box = {"category_id": 1, "bbox": [0, 0, 1, 1], "score": 0.5}
+    (tmp_path / "r.json").write_text(json.dumps([box | {"image_id": i} for i in (0, 1, 2)]))
+    annotated = read_ground_truth(coco_file(tmp_path, 3)).of_images(np.array([True, False, True]))
+    source, there = open_detections(str(tmp_path / "r.json"), annotated, partial=True)
+    assert source.read(there).image_index.tolist() == [0, 1]
+    with pytest.raises(ConfigError, match="image 1 is not in the annotations"):
+        open_detections(str(tmp_path / "r.json"), annotated)
+    (tmp_path / "r.json").write_text(json.dumps([box | {"image_id": 9}]))
+    with pytest.raises(ConfigError, match="image 9 is not in the annotations"):
+        open_detections(str(tmp_path / "r.json"), annotated, partial=True)
+
+
 def test_results_of_another_data_set_are_refused(tmp_path):
     (tmp_path / "r.json").write_text('[{"image_id": 3, "category_id": 1, "bbox": [0, 0, 1, 1], "score": 1}]')
     with pytest.raises(ConfigError, match="image 3 is not in the annotations"):

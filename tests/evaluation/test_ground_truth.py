@@ -80,6 +80,15 @@ def test_annotated_shards_give_their_boxes_under_the_ids_of_a_run(tmp_path, kind
     assert annotated.coco_ids.tolist() == [7, 5]
 
 
+def test_names_for_image_ids_in_a_coco_file_do_not_keep_its_shards_from_being_measured(tmp_path):
+    note = {"width": 64, "height": 48, "boxes": [[1, 2, 11, 22.5]], "labels": [1], "image_id": "img_1"}
+    (tmp_path / "classes.json").write_bytes(Classes((1,), ("person",)).to_json())
+    make_tar_shard(tmp_path / "s.tar", 1, annotations={"000.jpg": note})
+    annotated = read_ground_truth(str(tmp_path))
+    assert annotated.labels.tolist() == [1]
+    assert annotated.coco_ids is None
+
+
 def test_an_image_of_a_shard_without_annotation_is_refused(tmp_path):
     (tmp_path / "classes.json").write_bytes(Classes((1,), ("person",)).to_json())
     make_tar_shard(tmp_path / "s.tar", 1)

@@ -90,6 +90,18 @@ def test_weights_that_are_adapted_get_default_boxes_for_the_objects_and_weigh_ob
         assert model is before
 
 
+def test_objects_of_an_image_of_unknown_size_move_no_default_box(sets):
+    train, classes = read_set(make_set(sets / "more", 20))
+    wanted = config(sets, priors="fitted")
+    width = pa.array([0] * 5 + train["width"].to_pylist()[5:], train.schema.field("width").type)
+    unknown = train.set_column(train.schema.get_field_index("width"), "width", width)
+    fitted = [
+        with_fitted_priors(initial_model(wanted, classes), rows, wanted).spec.priors.maps
+        for rows in (unknown, train.slice(5))
+    ]
+    assert fitted[0] == fitted[1]
+
+
 def test_default_boxes_are_fitted_to_the_objects_that_are_learnt(sets):
     train, classes = read_set(make_set(sets / "more", 20))
     marked = [[True] * len(labels) for labels in train["labels"].to_pylist()]

@@ -93,7 +93,15 @@ def test_a_damaged_image_is_named_and_another_stands_in(tmp_path):
 def test_a_batch_without_any_good_image_is_an_error(tmp_path):
     index, _ = read_set(make_set(tmp_path, 2))
     with pytest.raises(ImageError, match="no image of a whole batch"):
-        load_batch(picked(1, 1), damaged(index, 1), settings())
+        load_batch(picked(1, 1), damaged(damaged(index, 0), 1), settings())
+
+
+def test_a_worker_whose_share_is_one_damaged_image_takes_the_next_one(tmp_path):
+    index, _ = read_set(make_set(tmp_path, 4))
+    ids = index["image_id"].to_pylist()
+    batch = load_batch(picked(3), damaged(damaged(index, 3), 0), settings())
+    assert batch.image_ids == [ids[1]]
+    assert [failure.partition(":")[0] for failure in batch.failures] == [ids[3], ids[0]]
 
 
 def test_crowd_regions_are_never_learnt_and_difficult_objects_by_flag():

@@ -129,6 +129,37 @@ def test_a_resumed_run_does_what_is_left():
     assert run.validated == [10, 30, 50]
 
 
+def test_a_run_that_was_killed_after_its_end_takes_no_further_step():
+    run = Run()
+    end = Position(step=42, validated_progress=1.0, num_validations=3)  # a budget ended it
+    assert run.go(position=end) is end
+    assert (run.progress, run.saved) == ([], [])
+
+
+@pytest.mark.parametrize("step", [1, 2, 7])
+def test_one_slow_step_does_not_end_a_run_with_a_budget(monkeypatch, step):
+    run = Run(step_s=0.1)
+    monkeypatch.setattr("pipeline.training.session.time", SimpleNamespace(perf_counter=run.clock))
+    usual = run.step
+
+    def slow(batch, *, progress):
+        run.clock.now += 20 * (len(run.progress) == step - 1)
+        return usual(batch, progress=progress)
+
+    run.learner.step = slow
+    run.go(dataclasses.replace(SCHEDULE, num_steps=10_000, num_val_images=100, budget_s=100.0))
+    assert len(run.progress) > 500
+    assert run.progress == sorted(run.progress)
+
+
+def test_the_speed_after_a_validation_is_that_of_the_steps():
+    run = Run(step_s=1.0, validation_s=50.0)
+    run.go(dataclasses.replace(SCHEDULE, log_s=5.0))
+    speeds = [numbers["images_per_second"] for _, numbers in run.charts if "images_per_second" in numbers]
+    assert len(speeds) == 20
+    assert speeds == pytest.approx([4.0] * 20)
+
+
 def test_a_line_names_loss_rate_speed_and_waiting():
     run = Run(step_s=2.0)
     run.go(dataclasses.replace(SCHEDULE, log_s=20.0))
