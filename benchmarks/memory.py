@@ -1,13 +1,15 @@
 """Peak memory of a run: does it stay flat as the input grows, and what do hostile images cost?
 
     python benchmarks/memory.py flat [--small 10000] [--large 1000000] [--json FILE]
-    python benchmarks/memory.py compare --plain FOLDER --other FOLDER [--json FILE]
+    python benchmarks/memory.py compare --plain FOLDER --other FOLDER [--pairs 5] [--json FILE]
 
-`flat` runs the null detector on tiny images, few and many; `compare` runs the bundled model on two folders.
+`flat` runs the null detector on tiny images, few and many; `compare` runs the bundled model on two folders,
+in turn, and takes medians: whether both detectors have their peaks at once is chance.
 Read 20 times a second: the anonymous memory of the driver and of the largest worker, so neither the object
 store's pages, which belong to all, nor those of libraries, which the kernel drops and reads again as it
 likes (a driver of 290 MiB of them had 450 in the last instant before its end, seen in some runs and missed
-in others); and once a second the proportional set sizes (shared pages count once) of all processes together.
+in others); and four times a second the proportional set sizes (shared pages count once) of all processes
+together.
 """
 
 import argparse
@@ -16,6 +18,7 @@ import itertools
 import json
 import os
 import re
+import statistics
 import subprocess
 import sys
 import tarfile
@@ -65,7 +68,7 @@ def peaks(command: list[str]) -> dict[str, float]:
         own = {process.pid: _anonymous(process) for process in family}
         most["driver"] = max(most["driver"], own.pop(driver.pid, 0.0))
         most["worker"] = max(most["worker"], *own.values(), 0.0)
-        if number % 20 == 0:  # milliseconds for each process
+        if number % 5 == 0:  # milliseconds for each process
             most["all"] = max(most["all"], sum(map(_share, family)))
     if driver.returncode:
         raise SystemExit(f"the run ended with exit code {driver.returncode}")
@@ -106,6 +109,7 @@ def main() -> None:
     parser.add_argument("--large", type=int, default=1_000_000)
     parser.add_argument("--plain", type=Path)
     parser.add_argument("--other", type=Path)
+    parser.add_argument("--pairs", type=int, default=5)
     parser.add_argument("--json", type=Path)
     args = parser.parse_args()
     with tempfile.TemporaryDirectory() as name:
@@ -119,12 +123,18 @@ def main() -> None:
             sides = {"plain": args.plain, "other": args.other}
             start = [sys.executable, str(Path(__file__).parents[1] / "jobs" / "infer.py")]
             flags = ["--max-failed-fraction", "1"]
-        result = {}
-        for number, (side, source) in enumerate(sides.items()):
-            output = f"{name}/out-{number}"
-            places = [str(source), output] if not flags else ["--input", str(source), "--output", output]
-            result[side] = peaks([*start, *places, *flags])
-            print(side, {who: f"{size:,.0f} MiB" for who, size in result[side].items()}, flush=True)
+        runs: dict[str, list[dict[str, float]]] = {side: [] for side in sides}
+        for number, side in itertools.product(range(1 if args.question == "flat" else args.pairs), sides):
+            output = f"{name}/{side}-{number}"
+            places = [str(sides[side]), output]
+            if flags:
+                places = ["--input", places[0], "--output", output]
+            runs[side].append(peaks([*start, *places, *flags]))
+            print(side, {who: f"{size:,.0f} MiB" for who, size in runs[side][-1].items()}, flush=True)
+    result = {
+        side: {who: statistics.median(run[who] for run in done) for who in done[0]}
+        for side, done in runs.items()
+    }
     first, second = result.values()
     for who in first:
         print(f"{who}: {second[who] - first[who]:+,.0f} MiB, ratio {second[who] / first[who]:.2f}")
