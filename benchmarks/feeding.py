@@ -9,7 +9,7 @@ Steady rates: from the moment when a quarter of a side's images has arrived to i
 start counts (Ray starts writers when the first images are there). The pipeline's blocks are as large as for
 GPUs, and one detector takes them, as one process takes the DataLoader's. The sides take turns; the table
 shows the median of the ratios. `--corrupt` compares the pipeline with itself where one image in a hundred is
-cut short.
+cut short, and ends with an error unless exactly these are failed rows.
 """
 
 import argparse
@@ -19,6 +19,7 @@ import json
 import multiprocessing
 import os
 import statistics
+import sys
 import tarfile
 import tempfile
 import time
@@ -37,10 +38,12 @@ from pipeline.data.images import decode_image, resize_image
 from pipeline.data.shards import Shard, list_shards, read_shard
 from pipeline.inference.blocks import with_detections
 from pipeline.inference.run import CHUNKS_PER_BLOCK, infer
+from pipeline.results import load_images
 
 WORKERS = 2
 BATCH = 64
 SIZE = 300
+CORRUPT_EVERY = 100  # of a shard
 # A process that is forked from a driver of Ray has its connections, too: after some of them Ray (2.60) freed
 # no blocks any more in one run of two, filled its object store and wrote blocks to disk, at half the speed.
 NEW_PROCESSES = "spawn"
@@ -163,6 +166,16 @@ def _plain(shards: list[Shard], queue: multiprocessing.Queue) -> None:
     queue.put(arrivals)
 
 
+def check_failed(output: str, *, num_shards: int, size: int) -> None:
+    """Fail unless exactly the images that `make_shards` has cut in two are failed rows."""
+    images = load_images(output, columns=["image_id", "status"])
+    broken = {f"{n:04d}.tar/{i:05d}.jpg" for n in range(num_shards) for i in range(0, size, CORRUPT_EVERY)}
+    failed = images[images.status == "failed"].image_id
+    if sorted(failed) != sorted(broken) or len(images) != num_shards * size:
+        sys.exit(f"{output}: {len(failed)} of {len(images):,} images failed, {len(broken)} are corrupt")
+    print(f"{len(images):,} images, the {len(failed)} corrupt ones and no other failed")
+
+
 def _steady(arrivals: list[tuple[float, int]]) -> float:
     """Images per second from the first quarter of the images to the last; `arrivals` in the order of time."""
     seen = np.cumsum([count for _, count in arrivals])
@@ -193,7 +206,7 @@ def main() -> None:
             "DataLoader": lambda n: loader_rate(source, workers=args.workers),
         }
         if args.corrupt:
-            make_shards(args.images, Path(corrupt), **packing, corrupt_every=100)
+            make_shards(args.images, Path(corrupt), **packing, corrupt_every=CORRUPT_EVERY)
             sides = {"1 % corrupt": lambda n: pipeline_rate(corrupt, f"{name}/corrupt-{n}", detectors=1)}
         sides["pipeline"] = lambda n: pipeline_rate(source, f"{name}/out-{n}", detectors=1)
         rates: dict[str, list[float]] = {side: [] for side in sides}
@@ -201,6 +214,8 @@ def main() -> None:
             for side in list(sides) if number % 2 else reversed(sides):
                 rates[side].append(sides[side](number))
             print("   ".join(f"{side} {values[-1]:.0f}" for side, values in rates.items()), flush=True)
+        for number in range(args.pairs if args.corrupt else 0):
+            check_failed(f"{name}/corrupt-{number}", **packing)
     ours = rates.pop("pipeline")
     for side, values in rates.items():
         ratios = [a / b for a, b in zip(ours, values, strict=True)]
